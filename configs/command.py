@@ -1,0 +1,180 @@
+"""A command of the suite = a typed dataclass + a YAML file of the same name + a function.
+
+    @command("train", schema=TrainConfig)
+    def main(config: TrainConfig) -> None:
+        '''First line: what the command is for. The rest is printed by --help.'''
+
+gives `python -m mm1.train +ablation=connector_avgpool optim.peak_lr=1e-3`: composed by Hydra, checked against the dataclass, handed over
+as an instance of it. A UserError ends the command with its text alone and exit status 2; --help lists every group of the command's
+configuration with a line for each option and answers without importing torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configs import CONFIG_DIR
+from data_pipelines.errors import UserError
+
+T = TypeVar("T")
+
+
+def register(name: str, schema: type, group: str | None = None) -> None:
+    """Make a dataclass known to Hydra, so that a YAML file can name it first in its defaults and is checked against it."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=name, node=schema, group=group)
+
+
+def command(config_name: str, *, schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
+    """Turn `function(config)` into a command-line entry point; see the module docstring."""
+
+    def decorate(function: Callable[[T], Any]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def main() -> None:
+            arguments = _normalise(sys.argv[1:])
+            if not {"-h", "--help"}.isdisjoint(arguments):
+                print(help_text(config_name, inspect.getdoc(function) or "", _program(function)))
+                return
+            import hydra
+
+            register(f"{config_name}_schema", schema)
+            sys.argv[1:] = arguments
+            status = 0
+
+            def job(raw: Any) -> None:
+                nonlocal status
+                status = _run(function, raw)
+
+            hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(job)()
+            if status:
+                sys.exit(status)
+
+        return main
+
+    return decorate
+
+
+def compose(config_name: str, schema: type[T], overrides: list[str] | None = None) -> T:
+    """The same configuration a command would get, for tests and for code that plans runs.
+
+    Raises hydra's ConfigCompositionException (wrong key, type or option) or UserError (an impossible combination).
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    register(f"{config_name}_schema", schema)
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        raw = hydra_compose(config_name, overrides=_normalise(overrides or []), return_hydra_config=True)
+    return typed(raw)
+
+
+def typed(raw: Any) -> Any:
+    """A composed DictConfig -> the dataclass it was checked against; its `validate()` runs if it has one."""
+    from omegaconf import MissingMandatoryValue, OmegaConf, open_dict
+
+    hydra_node = raw.get("hydra")
+    if hydra_node is None:
+        from hydra.core.hydra_config import HydraConfig
+
+        hydra_node = HydraConfig.get()
+    chosen = hydra_node.runtime.choices.get("ablation") if hydra_node is not None else None
+    if "hydra" in raw:
+        with open_dict(raw):
+            del raw["hydra"]
+    if "ablation" in raw:
+        raw.ablation = ablation_names(chosen)
+    missing = OmegaConf.missing_keys(raw)
+    if missing:
+        raise UserError(f"{', '.join(sorted(missing))}: no value given. Add {' '.join(f'{key}=...' for key in sorted(missing))} to the command.")
+    try:
+        config = OmegaConf.to_object(raw)
+    except MissingMandatoryValue as error:
+        raise UserError(str(error)) from error
+    if hasattr(config, "validate"):
+        config.validate()
+    return config
+
+
+def ablation_names(choice: Any) -> list[str]:
+    """Hydra's record of `+ablation=...` as a list: none, one or several names."""
+    if not choice:
+        return []
+    return re.findall(r"[^\[\],'\s]+", str(choice))
+
+
+def _run(function: Callable[[T], Any], raw: Any) -> int:
+    try:
+        return function(typed(raw)) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _normalise(arguments: list[str]) -> list[str]:
+    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation= into one list."""
+    ablations: list[str] = []
+    rest: list[str] = []
+    for argument in arguments:
+        if argument.startswith(("--local_rank", "--local-rank")):
+            continue
+        key, _, value = argument.partition("=")
+        if key == "+ablation":
+            ablations += ablation_names(value)
+        else:
+            rest.append(argument)
+    if ablations:
+        rest.append(f"+ablation={ablations[0]}" if len(ablations) == 1 else f"+ablation=[{','.join(ablations)}]")
+    return rest
+
+
+def _program(function: Callable[..., Any]) -> str:
+    module = function.__module__
+    if module == "__main__":
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        module = spec.name if spec else os.path.basename(sys.argv[0])
+    return f"python -m {module}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- help
+
+
+def groups_of(config_name: str) -> list[str]:
+    """The config groups a primary config draws on, in its order; `ablation` joins them where it exists for that command."""
+    text = (CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
+    groups = [m for m in re.findall(r"^\s*-\s*(?:override\s+)?/?([\w/]+)(?:@\w+)?:", text, flags=re.MULTILINE) if not m.startswith("hydra")]
+    if re.search(r"^ablation:", text, flags=re.MULTILINE):
+        groups.insert(0, "ablation")
+    return groups
+
+
+def summary(path: Path) -> str:
+    """A config file's own one-line description: its first comment that is no directive."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and not line.startswith("# @package"):
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def help_text(config_name: str, doc: str, program: str) -> str:
+    lines = [doc, "", f"usage: {program} [KEY=VALUE ...]", ""]
+    for group in groups_of(config_name):
+        sign = "+" if group == "ablation" else ""
+        lines.append(f"{sign}{group}=")
+        options = sorted((CONFIG_DIR / group).glob("*.yaml"))
+        width = max((len(o.stem) for o in options), default=0)
+        lines += [f"  {option.stem:<{width}}  {summary(option)}" for option in options]
+        lines.append("")
+    lines.append(f"{program} --cfg job prints the whole configuration with every key; any of them can be set as KEY=VALUE.")
+    return "\n".join(lines)
+
+
+logging.getLogger("hydra").setLevel(logging.WARNING)

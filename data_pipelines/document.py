@@ -1,0 +1,44 @@
+"""Document: the one type that captions, interleaved documents and text become.
+
+A document is an ordered sequence of text spans and images. A caption pair is [image, text], a web page is any alternation of the two,
+a book is [text]. Everything to the right (packing, batches, evaluation) sees only this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image as it lies in the shard: encoded bytes (JPEG, PNG, WebP ...), not yet decoded."""
+
+    data: bytes
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a document came from, precise enough to find its bytes again."""
+
+    source: str
+    shard: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.shard}:{self.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    parts: tuple[str | Image, ...]
+    origin: Origin
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Image))
+
+    @property
+    def text(self) -> str:
+        """The text spans alone, joined as they stand."""
+        return "".join(part for part in self.parts if isinstance(part, str))

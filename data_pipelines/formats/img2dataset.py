@@ -1,0 +1,17 @@
+"""Caption pairs as img2dataset writes them: KEY.jpg (or png, webp), KEY.txt, and a KEY.json that is not needed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from data_pipelines.document import Document, Image, Origin
+from data_pipelines.errors import UserError
+
+IMAGE_EXTENSIONS = ("webp", "jpg", "jpeg", "png", "gif", "bmp", "tif", "tiff")
+
+
+def read(members: Mapping[str, bytes], origin: Origin) -> Document:
+    extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
+    if extension is None or "txt" not in members:
+        raise UserError(f"{origin}: a caption sample needs an image and a txt member; it has {sorted(members)}.")
+    return Document((Image(members[extension], extension), members["txt"].decode()), origin)
