@@ -165,7 +165,9 @@ def align(first: Scores, other: Scores) -> Scores:
     """`other` in the order of `first`, matched by item id. Raises UserError unless both hold exactly the same items once each."""
     where = {identifier: position for position, identifier in enumerate(other.ids)}
     if len(where) != len(other.ids) or len(set(first.ids)) != len(first.ids):
-        raise UserError(f"Task {first.task!r}: an item id occurs twice in one result; items cannot be paired. Evaluate that run again.")
+        raise UserError(
+            f"Task {first.task!r}: an item id occurs twice in one result; items cannot be paired. Evaluate that run again."
+        )
     if first.task != other.task or where.keys() != set(first.ids):
         only_first = [i for i in first.ids if i not in where]
         only_other = sorted(where.keys() - set(first.ids))
@@ -177,7 +179,9 @@ def align(first: Scores, other: Scores) -> Scores:
     order = [where[i] for i in first.ids]
     clusters = tuple(other.clusters[p] for p in order)
     if clusters != first.clusters:
-        raise UserError(f"Task {first.task!r}: the same items stand in different clusters in two results. Evaluate both on one plan.")
+        raise UserError(
+            f"Task {first.task!r}: the same items stand in different clusters in two results. Evaluate both on one plan."
+        )
     return Scores(first.task, first.ids, np.asarray(other.scores)[order], clusters)
 
 

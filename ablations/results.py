@@ -1,0 +1,289 @@
+"""Runs and their evaluations, read back from disk and checked; the only place of `ablations` that knows the files' layout.
+
+    <home>/runs/<name>-<hash8>/
+        config.yaml                      the resolved configuration
+        run.json                         what the run was and what it consumed; version 1
+        metrics.jsonl                    one object a logged step
+        results/<evaluation>/
+            summary.json                 plan, control, and per task and number of shots: mean, SE, items, clusters; version 1
+            <task>.<shots>.jsonl         one object an item: id, cluster, score (points), prediction, ...
+
+Nothing half-written is used: a line that does not parse, another number of items than the summary says, or items whose mean is not the
+summary's, is a UserError that names the file and the command that mends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ablations.statistics import Scores
+from data_pipelines import paths
+from data_pipelines.errors import UserError
+
+VERSION = 1
+MEAN_TOLERANCE = 0.01  # points; summaries may be rounded, per-item scores are not
+
+
+@dataclass(frozen=True)
+class ShotSummary:
+    """One task at one number of shots: mean and clustered SE in points over n items in `clusters` clusters."""
+
+    mean: float
+    se: float
+    n: int
+    clusters: int
+
+
+@dataclass(frozen=True)
+class TaskSummary:
+    metric: str
+    kind: str
+    chance: float | None
+    shots: dict[int, ShotSummary]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of one run. `plan`: fingerprint of which items meet which demonstrations; `control`: null or e.g. "shuffled"."""
+
+    folder: Path
+    run_name: str
+    run_hash: str
+    plan: str
+    control: str | None
+    seed: int
+    tasks: dict[str, TaskSummary]
+
+    @property
+    def hash(self) -> str:
+        return self.folder.name
+
+    @property
+    def shots(self) -> list[int]:
+        """The numbers of shots that every task was evaluated with."""
+        held = [set(task.shots) for task in self.tasks.values()]
+        return sorted(set.intersection(*held)) if held else []
+
+    def items(self, task: str, shots: int) -> list[dict[str, Any]]:
+        """The per-item lines in plan order; raises UserError if they are incomplete or do not add up to the summary."""
+        path = self.folder / f"{task}.{shots}.jsonl"
+        lines = read_jsonl(path, required=("id", "cluster", "score"), remedy=self.remedy)
+        summary = self.tasks[task].shots[shots]
+        mean = sum(float(line["score"]) for line in lines) / max(1, len(lines))
+        if len(lines) != summary.n or not abs(mean - summary.mean) <= MEAN_TOLERANCE:
+            raise UserError(
+                f"{path}: {len(lines)} items with a mean of {mean:.3f} points, but summary.json says {summary.n} items with "
+                f"{summary.mean:.3f}. The two belong to different evaluations; {self.remedy}"
+            )
+        return lines
+
+    def scores(self, task: str, shots: int) -> Scores:
+        lines = self.items(task, shots)
+        return Scores(
+            task,
+            tuple(str(line["id"]) for line in lines),
+            np.array([float(line["score"]) for line in lines]),
+            tuple(str(line["cluster"]) for line in lines),
+        )
+
+    @property
+    def remedy(self) -> str:
+        return f"delete {self.folder} and evaluate again: python -m eval.fewshot run={self.run_name}-{self.run_hash[:8]}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's record. flops: total; seconds: wall time; tokens count text and image tokens, `text_tokens_seen` the text alone."""
+
+    folder: Path
+    name: str
+    hash: str
+    ablation: tuple[str, ...]
+    seed: int
+    status: str
+    parameters: dict[str, int]
+    tokens_seen: int
+    text_tokens_seen: int
+    images_seen: int
+    steps: int
+    flops: float
+    seconds: float
+    corpus: str
+    corpus_fingerprint: str
+    config: dict[str, Any] = field(repr=False)
+
+    @cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """Every finished evaluation under results/; one still being written (no summary.json yet) is not among them."""
+        return [read_evaluation(path.parent, self) for path in sorted(self.folder.glob("results/*/summary.json"))]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.hash[:8]}"
+
+    @property
+    def scale(self) -> str:
+        chosen = self.config.get("scale")
+        return str(chosen.get("name", json.dumps(chosen, sort_keys=True))) if isinstance(chosen, dict) else str(chosen)
+
+    @property
+    def variant(self) -> str:
+        """What the seeds of one variant share: the name and the whole configuration but the seed."""
+        return json.dumps([self.name, {k: v for k, v in self.config.items() if k != "seed"}], sort_keys=True, default=str)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged steps in order. Where a resumed run logged a step again, the later record holds; the line that a run still
+        going (or killed) has begun is left out, in a finished run it is an error."""
+        path = self.folder / "metrics.jsonl"
+        remedy = f"train the run again or remove the line: {path}"
+        lines = read_jsonl(path, required=("step",), remedy=remedy, open_end=self.status != "finished")
+        return [record for _, record in sorted({int(line["step"]): line for line in lines}.items())]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_jsonl(path: Path, *, required: Sequence[str] = (), remedy: str = "", open_end: bool = False) -> list[dict[str, Any]]:
+    """Every line as an object that holds the `required` keys; `open_end` forgives one last line without its newline."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {remedy}")
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    if lines.pop() and not open_end:
+        raise UserError(f"{path}: the last line is cut off, the file is half-written; {remedy}")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            lacking = [key for key in required if key not in record]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a JSON object ({error}); {remedy}") from error
+        if lacking:
+            raise UserError(f"{path}, line {number}: no {', '.join(lacking)}; {remedy}")
+        records.append(record)
+    return records
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is half-written or damaged ({error}); {remedy}") from error
+    if not isinstance(raw, dict) or raw.get("version") != VERSION:
+        found = raw.get("version") if isinstance(raw, dict) else raw
+        raise UserError(f"{path}: version is {found!r}, this suite reads {VERSION}; {remedy}")
+    return raw
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError if the folder holds no run, or one whose record is damaged or of another version."""
+    import yaml
+
+    path = folder / "run.json"
+    remedy = f"train it again, or give a run's folder (there: {folder})."
+    raw = _read_object(path, remedy)
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / 'config.yaml'} cannot be read ({error}); {remedy}") from error
+    try:
+        return Run(
+            folder=folder,
+            name=raw["name"],
+            hash=raw["hash"],
+            ablation=tuple(raw["ablation"]),
+            seed=int(raw["seed"]),
+            status=raw["status"],
+            parameters={key: int(value) for key, value in raw["parameters"].items()},
+            tokens_seen=int(raw["tokens_seen"]),
+            text_tokens_seen=int(raw["text_tokens_seen"]),
+            images_seen=int(raw["images_seen"]),
+            steps=int(raw["steps"]),
+            flops=float(raw["flops"]),
+            seconds=float(raw["seconds"]),
+            corpus=raw["corpus"]["name"],
+            corpus_fingerprint=raw["corpus"]["fingerprint"],
+            config=config or {},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
+
+
+def read_evaluation(folder: Path, run: Run) -> Evaluation:
+    """Raises UserError if the summary is damaged, of another version, or of another run than the one whose folder it lies in."""
+    path = folder / "summary.json"
+    remedy = f"delete {folder} and evaluate again: python -m eval.fewshot run={run.label}"
+    raw = _read_object(path, remedy)
+    try:
+        if raw["run"]["hash"] != run.hash:
+            raise UserError(f"{path}: results of run {raw['run']['hash']}, but they lie in the folder of {run.hash}; {remedy}")
+        return Evaluation(
+            folder=folder,
+            run_name=run.name,
+            run_hash=run.hash,
+            plan=raw["plan_fingerprint"],
+            control=raw["control"],
+            seed=int(raw["seed"]),
+            tasks={
+                name: TaskSummary(
+                    metric=task["metric"],
+                    kind=task["kind"],
+                    chance=task.get("chance"),
+                    shots={
+                        int(shots): ShotSummary(
+                            float(s["mean"]), float("nan") if s["se"] is None else float(s["se"]), int(s["n"]), int(s["clusters"])
+                        )
+                        for shots, s in task["shots"].items()
+                    },
+                )
+                for name, task in raw["tasks"].items()
+            },
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+def run_folders(root: Path | None = None) -> list[Path]:
+    """Every folder under <home>/runs that holds a run.json, by name."""
+    root = root or paths.runs()
+    return sorted(path.parent for path in root.glob("*/run.json"))
+
+
+def find_runs(selectors: Iterable[str], root: Path | None = None) -> list[Run]:
+    """The runs meant by folders or names, in the order given and each once.
+
+    A selector with a path separator is a folder. Else it is a run's name (all its seeds), or else the beginning of folder names. A name
+    that means runs of several scales is refused, since those are never rows of one comparison by accident.
+    """
+    found: dict[Path, Run] = {}
+    candidates: list[Run] | None = None
+    for selector in selectors:
+        if os.sep in selector:
+            folder = Path(selector).expanduser().resolve()
+            found.setdefault(folder, read_run(folder))
+            continue
+        if candidates is None:
+            candidates = [read_run(folder) for folder in run_folders(root)]
+        matches = [r for r in candidates if r.name == selector] or [r for r in candidates if r.folder.name.startswith(selector)]
+        if not matches:
+            known = ", ".join(r.folder.name for r in candidates) or "none; train one: python -m mm1.train"
+            raise UserError(f"runs: no run called {selector!r} in {root or paths.runs()}. There are: {known}.")
+        if len({r.scale for r in matches}) > 1:
+            listed = ", ".join(f"{r.folder.name} (scale {r.scale})" for r in matches)
+            raise UserError(f"runs: {selector!r} means runs of several scales: {listed}. Name the folders you want.")
+        for run in matches:
+            found.setdefault(run.folder.resolve(), run)
+    return list(found.values())
