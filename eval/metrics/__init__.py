@@ -1,0 +1,1 @@
+"""Metrics, each in one module and equal to its official code on the vectors in tests/vectors."""
