@@ -72,8 +72,8 @@ class Idf:
             frequency.update({gram for caption in captions for order in _grams(tokenize(caption)) for gram in order})
         if images < 2:
             raise UserError(
-                f"CIDEr needs at least 2 images to weigh words by how rare they are; {images} given, and every score would be 0.
-                " "Evaluate more images in one call."
+                f"CIDEr needs at least 2 images to weigh words by how rare they are; {images} given, every score would be 0. "
+                "Evaluate more images in one call."
             )
         return cls({gram: math.log(images) - math.log(max(1, df)) for gram, df in frequency.items()}, images)
 
