@@ -1,0 +1,63 @@
+"""Typed settings of the data: which corpus, in which ratios, packed how. Checked while composing, without reading a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data_pipelines.errors import UserError
+
+KINDS = ("captions", "interleaved", "text")
+POLICIES = ("first_fit", "concat", "single")
+
+
+@dataclass
+class SourceConfig:
+    """One stream of documents: a source of the corpus, and the share of all *sequences* that is filled from it."""
+
+    kind: str
+    ratio: float
+    split: str = "train"
+
+
+@dataclass
+class DataConfig:
+    corpus: str
+    """A corpus prepared under <home>/data by its name, or any prepared folder by its path."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        for name, source in self.sources.items():
+            if source.kind not in KINDS:
+                raise UserError(f"data.sources.{name}.kind={source.kind}: must be one of {', '.join(KINDS)}.")
+            if not 0 <= source.ratio <= 1:
+                raise UserError(f"data.sources.{name}.ratio={source.ratio}: must lie between 0 and 1.")
+        total = sum(source.ratio for source in self.sources.values())
+        if abs(total - 1) > 1e-6:
+            parts = " + ".join(f"data.sources.{name}.ratio={source.ratio:g}" for name, source in self.sources.items())
+            raise UserError(f"The data ratios must sum to 1: {parts} = {total:g}.")
+
+
+@dataclass
+class PackingConfig:
+    seq_len: int
+    """Tokens a sequence, image tokens included."""
+    max_images: int
+    """Images a sequence at most, so that no rank's vision tower gets more than its share."""
+    policy: str = "first_fit"
+    """first_fit: whole documents, the first open sequence with room; concat: end to end, cut where the sequence is full; single: one
+    document a sequence."""
+    open_sequences: int = 8
+    """Sequences first_fit keeps open; more pack tighter and keep more documents waiting."""
+    isolate_documents: bool = True
+    """False lets the documents of a sequence attend to each other: an ablation, not a setting for use."""
+
+    def validate(self, num_image_tokens: int) -> None:
+        for key in ("seq_len", "max_images", "open_sequences"):
+            if getattr(self, key) < 1:
+                raise UserError(f"packing.{key}={getattr(self, key)}: must be at least 1.")
+        if self.policy not in POLICIES:
+            raise UserError(f"packing.policy={self.policy}: must be one of {', '.join(POLICIES)}.")
+        if num_image_tokens >= self.seq_len:
+            raise UserError(
+                f"packing.seq_len={self.seq_len} has no room for an image of connector.num_tokens={num_image_tokens} and a word of text."
+            )

@@ -1,0 +1,124 @@
+"""The loader: lanes -> decoded images -> PackedBatch, with worker processes that read ahead.
+
+    for micro_batches in PackedLoader(stream, image_size=96, world=2, rank=0, micro_batch=4):
+        ...                                            # one list a step: the rank's share of the global batch, in micro-batches
+
+A rank's micro-batches are the same whatever the number of workers: worker w of W owns every W-th of the rank's lanes, and the loader
+asks the workers in turn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data_pipelines.batch import KINDS, PackedBatch
+from data_pipelines.errors import UserError
+from data_pipelines.images import decode_image
+from data_pipelines.lanes import LaneSequence, LaneStream
+
+
+class _LaneDataset(IterableDataset):
+    """In each worker: that worker's lanes, with their images decoded to uint8 (n, 3, size, size)."""
+
+    def __init__(self, stream: LaneStream, lanes: list[int], image_size: int, step: int, states: dict[int, dict[str, Any]]) -> None:
+        self.stream, self.lanes, self.image_size, self.step, self.states = stream, lanes, image_size, step, states
+
+    def __iter__(self) -> Iterator[tuple[LaneSequence, torch.Tensor] | UserError]:
+        worker = get_worker_info()
+        lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
+        try:
+            for item in self.stream.lanes(lanes, self.step, self.states):
+                yield item, decode_sequence(item, self.image_size)
+        except UserError as error:  # handed over as a value: raised in a worker it would arrive wrapped in a traceback
+            yield error
+
+
+def decode_sequence(item: LaneSequence, image_size: int) -> torch.Tensor:
+    """The images of a sequence, uint8 (n, 3, image_size, image_size). Raises UserError naming the slot's documents."""
+    images = item.sequence.images
+    where = "; ".join(str(origin) for origin in item.sequence.origins)
+    decoded = [decode_image(image.data, image_size, name=f"{image.name} of {where}") for image in images]
+    return torch.stack(decoded) if decoded else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+
+
+def collate(items: list[tuple[LaneSequence, torch.Tensor]], image_tokens: int) -> PackedBatch:
+    """Rows in the order of `items`."""
+
+    def rows(name: str) -> torch.Tensor:
+        return torch.stack([torch.from_numpy(getattr(item.sequence, name)) for item, _ in items])
+
+    slots = [[row, start, image_tokens] for row, (item, _) in enumerate(items) for start in item.sequence.image_starts]
+    return PackedBatch(
+        input_ids=rows("input_ids"),
+        labels=rows("labels"),
+        position_ids=rows("position_ids"),
+        document_ids=rows("document_ids"),
+        images=torch.cat([images for _, images in items]),
+        image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 3),
+        kinds=torch.tensor([KINDS.index(item.kind) for item, _ in items]),
+        lane_states=[{"lane": item.slot, "state": item.state} for item, _ in items],
+    )
+
+
+class PackedLoader:
+    """Endless steps of one rank's micro-batches; resumes exactly from `step` and the lane states of a checkpoint."""
+
+    def __init__(
+        self,
+        stream: LaneStream,
+        *,
+        image_size: int,
+        micro_batch: int,
+        world: int = 1,
+        rank: int = 0,
+        workers: int = 0,
+        step: int = 0,
+        states: dict[int, dict[str, Any]] | None = None,
+    ) -> None:
+        """Raises UserError if world x micro_batch does not divide the global batch, or workers do not divide a rank's share."""
+        share, left = divmod(stream.global_batch, world)
+        if left or share % micro_batch:
+            raise UserError(
+                f"train.global_batch={stream.global_batch} must be a multiple of {world} processes x engine.micro_batch={micro_batch}."
+            )
+        self.image_tokens, self.micro_batch, self.per_step = stream.image_tokens, micro_batch, share
+        lanes = list(range(rank, stream.global_batch, world))
+        # Each worker must serve the same number of lanes, or the round-robin over workers would drift against the slots.
+        while workers and share % workers:
+            workers -= 1
+        self.workers = workers
+        dataset = _LaneDataset(stream, lanes, image_size, step, states or {})
+        self._loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=max(2, -(-share // workers)) if workers else None,
+            pin_memory=False,
+            persistent_workers=False,
+        )
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        items: list[tuple[LaneSequence, torch.Tensor]] = []
+        for item in self._loader:
+            if isinstance(item, UserError):
+                raise item
+            items.append(item)
+            if len(items) == self.per_step:
+                yield [collate(items[i : i + self.micro_batch], self.image_tokens) for i in range(0, self.per_step, self.micro_batch)]
+                items = []
+
+
+def digest(item: LaneSequence) -> str:
+    """A short hash of a sequence's tokens, labels, documents and image bytes: equal digests, equal training input."""
+    sequence = item.sequence
+    hasher = hashlib.blake2b(digest_size=8)
+    for array in (sequence.input_ids, sequence.labels, sequence.position_ids, sequence.document_ids):
+        hasher.update(array.tobytes())
+    for image in sequence.images:
+        hasher.update(hashlib.blake2b(image.data, digest_size=8).digest())
+    return hasher.hexdigest()

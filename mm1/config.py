@@ -1,0 +1,202 @@
+"""The training configuration: typed, composed by Hydra from configs/train.yaml, checked before anything is loaded.
+
+No torch here: a wrong key, type or combination is refused in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from configs.command import register
+from data_pipelines.config import DataConfig, PackingConfig
+from data_pipelines.errors import UserError
+from mm1.model.config import ConnectorConfig, ImageEncoderConfig
+
+
+@dataclass
+class DecoderConfig:
+    """A causal language model: from a local folder (`path`), or new from a transformers `architecture`."""
+
+    path: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    """A folder with a transformers tokeniser; without one, that of `path`, or else the one prepared with the corpus."""
+    train: str = "full"
+    lr_scale: float = 1.0
+
+    def validate(self) -> None:
+        if self.path is None and "model_type" not in self.architecture:
+            raise UserError("decoder: give decoder.path, or decoder.architecture.model_type with the sizes of a new model.")
+        if self.path is not None and self.architecture:
+            raise UserError(f"decoder.path={self.path} brings its own architecture; decoder.architecture must then be empty ({{}}).")
+        check_trained("decoder", self.train, self.lr_scale)
+
+
+def check_trained(part: str, train: str, lr_scale: float) -> None:
+    if train not in ("full", "frozen"):
+        raise UserError(f"{part}.train={train}: must be full or frozen.")
+    if lr_scale <= 0:
+        raise UserError(f"{part}.lr_scale={lr_scale}: must be positive; use {part}.train=frozen to stop training it.")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with MM1's laws; see mm1/optim.py."""
+
+    peak_lr: float | None = None
+    """None: MM1's law, exp(-0.4214 ln N - 0.5535) with N the decoder's parameters without embeddings."""
+    weight_decay: float = 0.1
+    """Relative to the learning rate: a step shrinks a weight by weight_decay x lr, which is MM1's lambda = 0.1 eta."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    warmup_steps: int = 20
+    final_lr: float = 0.1
+    """The cosine ends at this share of the peak."""
+    grad_clip: float = 1.0
+    z_loss: float = 0.0
+
+    def validate(self) -> None:
+        for key in ("eps", "grad_clip"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"optim.{key}={getattr(self, key)}: must be positive.")
+        if self.peak_lr is not None and self.peak_lr <= 0:
+            raise UserError(f"optim.peak_lr={self.peak_lr}: must be positive, or null for MM1's law.")
+        for key in ("beta1", "beta2", "final_lr"):
+            if not 0 <= getattr(self, key) < 1 and not (key == "final_lr" and self.final_lr == 1):
+                raise UserError(f"optim.{key}={getattr(self, key)}: must lie in [0, 1).")
+        for key in ("weight_decay", "warmup_steps", "z_loss"):
+            if getattr(self, key) < 0:
+                raise UserError(f"optim.{key}={getattr(self, key)}: must not be negative.")
+
+
+@dataclass
+class EngineConfig:
+    """How the steps are executed. Nothing here but `precision` changes what is computed."""
+
+    precision: str = "fp32"
+    zero_stage: int = 0
+    micro_batch: int = 1
+    """Sequences a process takes at once; the rest of its share of the global batch is accumulated."""
+    workers: int = 1
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads a process; None: all cores, shared evenly between the processes of a machine."""
+    checkpointing: bool = False
+    """Recompute the decoder's activations in the backward pass: less memory, a third more time."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Merged over the DeepSpeed configuration this section makes, for offloading, communication settings and the like."""
+
+    def validate(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise UserError(f"engine.precision={self.precision}: must be fp32 or bf16.")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UserError(f"engine.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3.")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"engine.device={self.device}: must be auto, cpu or cuda.")
+        if self.micro_batch < 1 or self.workers < 0:
+            raise UserError(f"engine.micro_batch={self.micro_batch}, engine.workers={self.workers}: at least 1 and 0.")
+
+
+@dataclass
+class LoopConfig:
+    steps: int
+    global_batch: int
+    """Sequences a step, over all processes."""
+    log_every: int = 10
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    validation_sequences: int = 48
+    """Sequences a source for the validation loss at the end; 0 leaves it out."""
+
+    def validate(self) -> None:
+        for key in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise UserError(f"train.{key}={getattr(self, key)}: must be at least 1.")
+
+
+@dataclass
+class TrainConfig:
+    image_encoder: ImageEncoderConfig
+    connector: ConnectorConfig
+    decoder: DecoderConfig
+    data: DataConfig
+    packing: PackingConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    train: LoopConfig
+    scale: str
+    high_resolution: int
+    """Pixels a side that +ablation=resolution_high stands for at this scale."""
+    seed: int = 0
+    name: str | None = None
+    """Of the run; None: made from the ablations, `base` without any."""
+    ablation: list[str] = field(default_factory=list)
+
+    @property
+    def run_name(self) -> str:
+        return self.name or "+".join(self.ablation) or "base"
+
+    def validate(self) -> None:
+        """Raises UserError for any setting or combination that cannot work, naming key and value."""
+        if self.name is not None and not re.fullmatch(r"[\w.+=-]+", self.name):
+            raise UserError(f"name={self.name!r}: letters, digits and . _ + = - only; it becomes a folder's name.")
+        self.image_encoder.validate()
+        self.connector.validate()
+        check_grid(self.image_encoder, self.connector)
+        for section in (self.decoder, self.data, self.optim, self.engine, self.train):
+            section.validate()
+        self.packing.validate(self.image_tokens)
+        if self.train.global_batch % self.engine.micro_batch:
+            raise UserError(
+                f"train.global_batch={self.train.global_batch} must be a multiple of engine.micro_batch={self.engine.micro_batch}."
+            )
+        if self.optim.warmup_steps >= self.train.steps:
+            raise UserError(f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}.")
+        check_trained("image_encoder", self.image_encoder.train, self.image_encoder.lr_scale)
+
+    @property
+    def image_tokens(self) -> int:
+        return image_tokens(self.image_encoder, self.connector)
+
+    def identity(self) -> dict[str, Any]:
+        """All that changes the weights, as plain values: what the run's hash is made of.
+
+        Left out: names, where and how fast it runs, and how often it logs, saves and validates.
+        """
+        settings = asdict(self)
+        for key in ("name", "ablation", "scale", "high_resolution"):
+            settings.pop(key)
+        settings["engine"] = {"precision": self.engine.precision}
+        for key in ("log_every", "checkpoint_every", "keep_checkpoints", "validation_sequences"):
+            settings["train"].pop(key)
+        return settings
+
+    def hash(self, corpus_fingerprint: str) -> str:
+        """Eight hex digits over identity and corpus: the same on every rank and however the run was started."""
+        text = json.dumps({"config": self.identity(), "corpus": corpus_fingerprint}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def image_tokens(image_encoder: ImageEncoderConfig, connector: ConnectorConfig) -> int:
+    """Tokens of an image: the connector's own number, or every patch where the connector keeps them all (num_tokens null)."""
+    if connector.num_tokens is not None:
+        return connector.num_tokens
+    side = image_encoder.image_size // image_encoder.patch_size
+    return side * side
+
+
+def check_grid(image_encoder: ImageEncoderConfig, connector: ConnectorConfig) -> None:
+    side = image_encoder.image_size // image_encoder.patch_size
+    if connector.num_tokens is not None and connector.num_tokens > side * side:
+        raise UserError(
+            f"connector.num_tokens={connector.num_tokens} is more than the {side}x{side} patches of image_encoder.image_size="
+            f"{image_encoder.image_size}; raise the resolution or ask for at most {side * side} tokens."
+        )
+
+
+register("decoder", DecoderConfig, "schema/decoder")

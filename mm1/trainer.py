@@ -1,0 +1,329 @@
+"""The training loop: steps of a fixed global batch, logged, saved, resumable to the same numbers.
+
+    PackedLoader -> [micro-batches of a step] -> sum of token losses / tokens of the *global* batch -> Engine -> AdamW
+
+Dividing by the global token count (one small all-reduce a step) is what makes two processes compute exactly what one would: micro-batches
+and ranks hold different numbers of labelled tokens, and a mean of means would weigh them unequally.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data_pipelines.batch import IGNORE, KINDS, PackedBatch
+from data_pipelines.lanes import LaneStream
+from data_pipelines.loader import PackedLoader
+from mm1.config import TrainConfig
+from mm1.engine import Engine, Workers
+from mm1.flops import StepFlops, peak_flops
+from mm1.model.decoder import parameters_without_embeddings
+from mm1.model.multimodal import MultimodalLM
+from mm1.optim import learning_rate, parameter_groups, peak_learning_rate
+from mm1.run import Run
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal after a checkpoint was saved; `step` steps are done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class Trainer:
+    """Trains `model` on `stream` as the configuration says; `fit()` returns the counters of what was consumed."""
+
+    def __init__(self, config: TrainConfig, run: Run, workers: Workers, model: MultimodalLM, stream: LaneStream) -> None:
+        self.config, self.run, self.workers, self.model, self.stream = config, run, workers, model, stream
+        self.flops = StepFlops(model, config.image_encoder.train == "full")
+        self.peak_lr = config.optim.peak_lr or peak_learning_rate(parameters_without_embeddings(model.decoder))
+        groups = parameter_groups(model, config)
+        self.parameters = count_parameters(model)
+        if config.engine.checkpointing:
+            model.decoder.gradient_checkpointing_enable()
+        self.engine = Engine(model, groups, workers, config.engine, config.optim, config.train.global_batch)
+        self.step = 0
+        self.lanes: dict[int, dict[str, Any]] = {}
+        self.seen = {"tokens": 0, "loss_tokens": 0, "images": 0, "flops": 0, "seconds": 0.0}
+
+    def fit(self) -> dict[str, float]:
+        """Run to the last step. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
+        self._resume()
+        total = self.config.train.steps
+        loader = PackedLoader(
+            self.stream,
+            image_size=self.model.config.image_size,
+            micro_batch=self.config.engine.micro_batch,
+            world=self.workers.world,
+            rank=self.workers.rank,
+            workers=self.config.engine.workers,
+            step=self.step,
+            states=self.lanes,
+        )
+        log = MetricsLog(self.run, self.step) if self.workers.main else None
+        peak = peak_flops(self.workers.device, self.config.engine.precision)
+        bar = tqdm(total=total, initial=self.step, desc=self.run.name, unit="step", disable=not self.workers.main, dynamic_ncols=True)
+        with stop_signals() as stop:
+            batches = iter(loader)
+            window = Window()
+            while self.step < total:
+                began = time.perf_counter()
+                micro_batches = next(batches)
+                waited = time.perf_counter() - began
+                part = self._train_step(micro_batches, stopping=stop.requested)
+                elapsed = time.perf_counter() - began
+                self.seen["seconds"] += elapsed
+                window.add(part, waited, elapsed)
+                self.step += 1
+                if self.step % self.config.train.log_every == 0 or self.step == total:
+                    row = window.row(self.step, self._learning_rate(self.step - 1), self.workers.world, peak)
+                    if log is not None:
+                        log.write(row)
+                        bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_s=f"{row['tokens_per_second']:.0f}")
+                    window = Window()
+                bar.update()
+                if window.stop or stop.agreed:
+                    stop.agreed = True
+                if self.step % self.config.train.checkpoint_every == 0 or stop.agreed or self.step == total:
+                    self._save()
+                if stop.agreed and self.step < total:
+                    bar.close()
+                    raise Interrupted(self.step)
+        bar.close()
+        if log is not None:
+            log.close()
+        return dict(self.seen)
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.peak_lr, self.config.train.steps, self.config.optim)
+
+    def _train_step(self, micro_batches: list[PackedBatch], stopping: bool) -> dict[str, Any]:
+        """One optimiser step; returns sums over all processes."""
+        self.model.train()
+        tokens = sum(int((b.document_ids > 0).sum()) for b in micro_batches)
+        images = sum(len(b.images) for b in micro_batches)
+        flops = sum(self.flops(b) for b in micro_batches)
+        labelled = sum(b.loss_tokens for b in micro_batches)
+        # The wish to stop travels with the counts: all processes act on it at the same step.
+        tokens, images, flops, labelled, stops = self.workers.sum([tokens, images, flops, labelled, float(stopping)])
+        by_kind = torch.zeros(2, len(KINDS), dtype=torch.float64)
+        z_loss = self.config.optim.z_loss
+        for batch in micro_batches:
+            for lane in batch.lane_states:
+                self.lanes[lane["lane"]] = lane["state"]
+            batch = batch.to(self.workers.device)
+            output = self.engine(
+                input_ids=batch.input_ids,
+                images=batch.images,
+                image_slots=batch.image_slots,
+                document_ids=batch.document_ids,
+                position_ids=batch.position_ids,
+                labels=batch.labels,
+            )
+            loss = output.token_losses.sum()
+            if z_loss:
+                loss = loss + z_loss * output.token_z.sum()
+            self.engine.backward(loss / max(labelled, 1))
+            self.engine.step(self._learning_rate(self.step))
+            kinds = batch.kinds[output.token_rows].cpu()
+            by_kind[0].index_add_(0, kinds, output.token_losses.detach().double().cpu())
+            by_kind[1].index_add_(0, kinds, torch.ones(len(kinds), dtype=torch.float64))
+        sums = self.workers.sum(by_kind.flatten().tolist())
+        self.seen["tokens"] += int(tokens)
+        self.seen["loss_tokens"] += int(labelled)
+        self.seen["images"] += int(images)
+        self.seen["flops"] += int(flops)
+        slots = self.config.train.global_batch * self.config.packing.seq_len
+        return {
+            "loss_sums": sums[: len(KINDS)],
+            "loss_counts": sums[len(KINDS) :],
+            "tokens": tokens,
+            "images": images,
+            "flops": flops,
+            "padding": 1 - tokens / slots,
+            "grad_norm": self.engine.grad_norm,
+            "stop": stops > 0,
+        }
+
+    # -------------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save(self) -> None:
+        if (folder := self.run.checkpoints / f"step-{self.step:07d}").exists():
+            return
+        lanes = {lane: state for part in self.workers.gather(self.lanes) for lane, state in part.items()}
+        state = {"step": self.step, "seen": self.seen, "rng": torch.get_rng_state(), "world": self.workers.world, "lanes": json.dumps(lanes)}
+        self.engine.save(folder, state)
+        if self.workers.main:
+            self.run.update(steps=self.step, **run_counters(self.seen))
+            for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.config.train.keep_checkpoints]:
+                remove_tree(old)
+
+    def _resume(self) -> None:
+        found = sorted(p for p in self.run.checkpoints.glob("step-*") if not p.name.endswith(".partial"))
+        if not found:
+            return
+        state = self.engine.load(found[-1])
+        self.step, self.seen = state["step"], state["seen"]
+        self.lanes = {int(lane): value for lane, value in json.loads(state["lanes"]).items()}
+        torch.set_rng_state(state["rng"])
+        if self.workers.main:
+            print(f"Going on from step {self.step} ({found[-1]}).")
+
+    def export(self, tokenizer: Any) -> None:
+        """Write the save_pretrained folder (safetensors, configuration, tokeniser)."""
+        weights = self.engine.weights()
+        if self.workers.main:
+            self.model.config.image_encoder = self.model.image_encoder.settings()
+            self.model.save_pretrained(self.run.export, state_dict=weights)
+            tokenizer.save_pretrained(self.run.export)
+        self.workers.barrier()
+
+
+def count_parameters(model: MultimodalLM) -> dict[str, int]:
+    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("image_encoder", "connector", "decoder")}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    without = parameters_without_embeddings(model.decoder)
+    return {**parts, "total": sum(parts.values()), "trainable": trainable, "decoder_without_embeddings": without}
+
+
+def run_counters(seen: dict[str, Any]) -> dict[str, Any]:
+    """The counters as run.json names them."""
+    return {
+        "tokens_seen": seen["tokens"],
+        "text_tokens_seen": seen["loss_tokens"],
+        "images_seen": seen["images"],
+        "flops": seen["flops"],
+        "seconds": round(seen["seconds"], 1),
+    }
+
+
+class Window:
+    """Sums over the steps since the last logged row."""
+
+    def __init__(self) -> None:
+        self.parts: list[dict[str, Any]] = []
+        self.waited = self.seconds = 0.0
+
+    @property
+    def stop(self) -> bool:
+        return bool(self.parts) and self.parts[-1]["stop"]
+
+    def add(self, part: dict[str, Any], waited: float, seconds: float) -> None:
+        self.parts.append(part)
+        self.waited += waited
+        self.seconds += seconds
+
+    def row(self, step: int, lr: float, world: int, peak: float | None) -> dict[str, float]:
+        """What metrics.jsonl gets: losses in nats a token, rates in tokens and images a second over all processes."""
+        sums = [sum(part["loss_sums"][i] for part in self.parts) for i in range(len(KINDS))]
+        counts = [sum(part["loss_counts"][i] for part in self.parts) for i in range(len(KINDS))]
+        row: dict[str, float] = {"step": step, "loss": sum(sums) / max(sum(counts), 1)}
+        row |= {f"loss_{kind}": sums[i] / counts[i] for i, kind in enumerate(KINDS) if counts[i]}
+        row["lr"] = lr
+        row["grad_norm"] = self.parts[-1]["grad_norm"]
+        row["tokens_per_second"] = sum(part["tokens"] for part in self.parts) / self.seconds
+        row["images_per_second"] = sum(part["images"] for part in self.parts) / self.seconds
+        row["padding"] = sum(part["padding"] for part in self.parts) / len(self.parts)
+        row["loader_wait"] = self.waited / self.seconds
+        row["seconds"] = self.seconds
+        if peak:
+            row["mfu"] = sum(part["flops"] for part in self.parts) / self.seconds / (peak * world)
+        return row
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard. On a resume, rows after the checkpoint are dropped: they will be computed again."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = []
+        if run.metrics.is_file():
+            kept = [line for line in run.metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        run.metrics.write_text("".join(line + "\n" for line in kept))
+        self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, float]) -> None:
+        self._file.write(json.dumps({name: round(value, 6) if isinstance(value, float) and name != "lr" else value for name, value in row.items()}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name.replace("loss_", "loss/"), value, int(row["step"]))
+
+    def close(self) -> None:
+        self._file.close()
+        self._writer.close()
+
+
+class StopSignals:
+    requested = False
+    """A signal reached this process."""
+    agreed = False
+    """All processes know, and stop after this step."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Ctrl-C and SIGTERM ask for a stop after the current step; a second Ctrl-C stops at once."""
+    state = StopSignals()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        if state.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        state.requested = True
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def remove_tree(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@torch.no_grad()
+def validation_losses(model: MultimodalLM, batches: list[PackedBatch], device: torch.device) -> dict[str, float]:
+    """Mean loss in nats a token over fixed batches, by kind; and for captions the loss with images shuffled among the batch.
+
+    The difference of the two caption losses is what the images are worth to the model.
+    """
+    model.eval()
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+
+    def add(name: str, batch: PackedBatch, images: torch.Tensor) -> None:
+        output = model(
+            input_ids=batch.input_ids,
+            images=images,
+            image_slots=batch.image_slots,
+            document_ids=batch.document_ids,
+            position_ids=batch.position_ids,
+            labels=batch.labels,
+        )
+        assert output.token_losses is not None
+        sums[name] = sums.get(name, 0.0) + float(output.token_losses.double().sum())
+        counts[name] = counts.get(name, 0) + int((batch.labels != IGNORE).sum())
+
+    for batch in batches:
+        batch = batch.to(device)
+        kind = KINDS[int(batch.kinds[0])]
+        add(f"loss_{kind}", batch, batch.images)
+        if kind == "captions" and len(batch.images) > 1:
+            add("loss_captions_shuffled_images", batch, batch.images.roll(1, dims=0))
+    return {name: sums[name] / max(counts[name], 1) for name in sums}

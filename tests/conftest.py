@@ -1,0 +1,19 @@
+"""Shared by all tests: one torch thread, a home of their own, small corpora written on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs, corpora and downloads of a test go to its own folder."""
+    monkeypatch.setenv("MM1_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
