@@ -8,8 +8,8 @@
             summary.json                 plan, control, and per task and number of shots: mean, SE, items, clusters; version 1
             <task>.<shots>.jsonl         one object an item: id, cluster, score (points), prediction, ...
 
-Nothing half-written is used: a line that does not parse, another number of items than the summary says, or items whose mean is not the
-summary's, is a UserError that names the file and the command that mends it.
+Nothing half-written is used: a line that does not parse, another number of items than the summary says, or items whose mean is
+not the summary's, is a UserError that names the file and the command that mends it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one run. `plan`: fingerprint of which items meet which demonstrations; `control`: null or e.g. "shuffled"."""
+    """One evaluation of one run. `plan`: fingerprint of which items meet which demonstrations; `control`: e.g. "shuffled"."""
 
     folder: Path
     run_name: str
@@ -136,8 +136,13 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """What the seeds of one variant share: the name and the whole configuration but the seed."""
-        return json.dumps([self.name, {k: v for k, v in self.config.items() if k != "seed"}], sort_keys=True, default=str)
+        """What the seeds of one variant share: the name, and the configuration but for the seed and what leaves the weights alone
+        (mm1.config.TrainConfig.identity leaves out the same)."""
+        shared = {key: value for key, value in self.config.items() if key not in ("seed", "name", "ablation")}
+        shared["engine"] = {"precision": (shared.get("engine") or {}).get("precision")}
+        silent = ("log_every", "checkpoint_every", "keep_checkpoints", "validation_sequences")
+        shared["train"] = {key: value for key, value in (shared.get("train") or {}).items() if key not in silent}
+        return json.dumps([self.name, shared], sort_keys=True, default=str)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps in order. Where a resumed run logged a step again, the later record holds; the line that a run still
@@ -265,8 +270,8 @@ def run_folders(root: Path | None = None) -> list[Path]:
 def find_runs(selectors: Iterable[str], root: Path | None = None) -> list[Run]:
     """The runs meant by folders or names, in the order given and each once.
 
-    A selector with a path separator is a folder. Else it is a run's name (all its seeds), or else the beginning of folder names. A name
-    that means runs of several scales is refused, since those are never rows of one comparison by accident.
+    A selector with a path separator is a folder. Else it is a run's name (all its seeds), or else the beginning of folder names.
+    A name that means runs of several scales is refused: those are never meant as rows of one comparison by accident.
     """
     found: dict[Path, Run] = {}
     candidates: list[Run] | None = None

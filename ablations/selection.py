@@ -1,8 +1,8 @@
 """Which runs stand in one table: named or found, grouped into variants, and comparable or refused.
 
-Rows of a table answered the same questions after the same demonstrations (one plan) and were trained from the same bytes (one corpus).
-Named runs that break this are an error that says what to evaluate again; of runs found by themselves the largest comparable group is
-taken, and what was left out is said in the table's notes.
+Rows of a table answered the same questions after the same demonstrations (one plan) and were trained from the same bytes (one
+corpus). Named runs that break this are an error that says what to evaluate again; of runs found by themselves the largest
+comparable group is taken, and what was left out is said in the table's notes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _one_corpus(runs: Sequence[Run]) -> None:
     if len({run.corpus_fingerprint for run in runs}) > 1:
         listed = "\n".join(f"  {run.label}: corpus {run.corpus} {run.corpus_fingerprint[:8]}" for run in runs)
         raise UserError(
-            f"runs: these were trained on different corpora, so their difference is not the variant's:\n{listed}\nTrain them on one."
+            f"runs: these were trained on different corpora, so they cannot be compared:\n{listed}\nTrain them on one."
         )
 
 

@@ -1,0 +1,358 @@
+"""Tables of runs: what each variant scores, how sure that is, and how it differs from the baseline.
+
+    runs + results -> Selection (selection.py) -> Table -> Markdown, CSV (render.py)
+
+One block for the mean over tasks and one for each task. A cell holds the mean score in points, its standard error, and the difference to
+the baseline on the same items with a confidence interval and a p-value; Holm's correction runs over all differences of a block. A row
+of a control (images shuffled) stands under its run and is compared with that run instead, in a family of its own. Rows that consumed
+another amount of tokens, images or steps than the baseline are marked: there the difference is not of the variant alone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ablations import statistics as st
+from ablations.results import Evaluation
+from ablations.selection import Selection, Variant, select
+from configs.command import command
+from data_pipelines import paths
+from data_pipelines.errors import UserError
+
+
+@dataclass
+class TableConfig:
+    """The options of `python -m ablations.table`; main() describes them."""
+
+    runs: list[str] = field(default_factory=list)
+    baseline: str | None = None
+    shots: list[int] = field(default_factory=list)
+    evaluation: str | None = None
+    output: str | None = None
+    interval: str = "t"
+    match_within: float = 0.01
+
+    def validate(self) -> None:
+        if self.interval not in ("t", "bootstrap"):
+            raise UserError(f"interval={self.interval}: must be t or bootstrap.")
+        if not 0 <= self.match_within < 1:
+            raise UserError(f"match_within={self.match_within}: must be a share in [0, 1), such as 0.01 for one per cent.")
+
+
+# ------------------------------------------------------------------------------------------------------- data structure
+
+
+@dataclass
+class Cell:
+    """A score in points. `difference` is to the baseline, for a control to its own run; `p_holm` is corrected within the block."""
+
+    score: st.Combined
+    difference: st.Difference | None = None
+    difference_has_seeds: bool = False
+    p_holm: float | None = None
+
+    @property
+    def significant(self) -> bool:
+        return self.p_holm is not None and self.p_holm < 0.05
+
+
+@dataclass
+class Row:
+    label: str
+    control: str | None
+    seeds: list[int]
+    matched: bool
+    cells: dict[int, Cell]
+
+
+@dataclass
+class Detectable:
+    """Smallest true difference (points) found with power 0.8 at alpha 0.05: from unpaired items, and paired at the correlation seen."""
+
+    unpaired: float
+    paired: float
+    correlation: float
+
+
+@dataclass
+class Block:
+    """The mean over tasks (task None) or one task; rows with the baseline first."""
+
+    task: str | None
+    metric: str
+    kind: str
+    chance: float | None
+    rows: list[Row]
+    detectable: dict[int, Detectable]
+
+
+@dataclass
+class Resources:
+    """What a variant is and took, per run (mean over its seeds). flops: total; seconds: wall time."""
+
+    label: str
+    seeds: list[int]
+    parameters: dict[str, int]
+    tokens: float
+    text_tokens: float
+    images: float
+    steps: float
+    flops: float
+    seconds: float
+    mismatches: list[str]
+    runs: list[str]
+
+
+@dataclass
+class Table:
+    scale: str
+    corpus: str
+    plan: str
+    shots: list[int]
+    blocks: list[Block]
+    resources: list[Resources]
+    notes: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------------- building
+
+
+@dataclass
+class _Answers:
+    """Scores of one variant on one task at one number of shots: (seeds, items) in points, items in the baseline's order."""
+
+    scores: np.ndarray
+    clusters: tuple[str, ...]
+
+
+def build(selection: Selection, shots: Sequence[int] = (), *, interval: str = "t", match_within: float = 0.01) -> Table:
+    """Raises UserError where an evaluation lacks a task or a number of shots, or where its items cannot be paired."""
+    variants = selection.variants
+    first = variants[0].evaluations[0]
+    tasks, numbers = list(first.tasks), list(shots) or first.shots
+    if not numbers:
+        raise UserError(
+            f"{first.folder / 'summary.json'}: its tasks have no number of shots in common; say which with shots=[...]."
+        )
+    if interval == "bootstrap" and any(len(v.runs) > 1 for v in variants):
+        raise UserError(
+            "interval=bootstrap draws items and knows nothing of training seeds; with several seeds a variant use interval=t."
+        )
+    reference = {(t, k): first.scores(t, k) for t in tasks for k in _checked(first, tasks, numbers)}
+
+    def answers(evaluations: list[Evaluation]) -> dict[tuple[str, int], _Answers]:
+        for e in evaluations:
+            _checked(e, tasks, numbers)
+        return {
+            key: _Answers(np.stack([st.align(scores, e.scores(*key)).scores for e in evaluations]), scores.clusters)
+            for key, scores in reference.items()
+        }
+
+    resources = [_resources(v, variants[0], match_within) for v in variants]
+    lines: list[tuple[str, str | None, Variant, dict[tuple[str, int], _Answers], dict[tuple[str, int], _Answers] | None]] = []
+    base: dict[tuple[str, int], _Answers] | None = None
+    for variant in variants:
+        plain = answers(variant.evaluations)
+        lines.append((variant.label, None, variant, plain, base))
+        base = base or plain
+        lines += [(variant.label, kind, variant, answers(found), plain) for kind, found in variant.controls.items()]
+
+    matched = {r.label: not r.mismatches for r in resources}
+    blocks = []
+    for chosen in ([tasks] if len(tasks) > 1 else []) + [[task] for task in tasks]:
+        rows = []
+        for label, control, variant, own, other in lines:
+            cells = {
+                k: _cell([own[t, k] for t in chosen], [other[t, k] for t in chosen] if other else None, interval) for k in numbers
+            }
+            rows.append(Row(label, control, [r.seed for r in variant.runs], matched[label], cells))
+        for family in ([r for r in rows if r.control is None], [r for r in rows if r.control is not None]):
+            _correct([cell for row in family for cell in row.cells.values()])
+        summaries = [first.tasks[t] for t in chosen]
+        chances = [s.chance for s in summaries if s.chance is not None]
+        blocks.append(
+            Block(
+                task=chosen[0] if len(chosen) == 1 else None,
+                metric=", ".join(dict.fromkeys(s.metric for s in summaries)),
+                kind=", ".join(dict.fromkeys(s.kind for s in summaries)),
+                chance=sum(chances) / len(chances) if len(chances) == len(summaries) else None,
+                rows=rows,
+                detectable=_detectable(rows, numbers),
+            )
+        )
+    run = variants[0].runs[0]
+    table = Table(run.scale, f"{run.corpus} ({run.corpus_fingerprint[:8]})", selection.plan, numbers, blocks, resources, [])
+    table.notes = _notes(table, selection, interval, match_within)
+    return table
+
+
+def _checked(evaluation: Evaluation, tasks: Sequence[str], numbers: Sequence[int]) -> Sequence[int]:
+    lacking = [
+        f"{t} at {k} shots" for t in tasks for k in numbers if t not in evaluation.tasks or k not in evaluation.tasks[t].shots
+    ]
+    if lacking or set(evaluation.tasks) != set(tasks):
+        extra = sorted(set(evaluation.tasks) - set(tasks))
+        what = f"lacks {', '.join(lacking)}" if lacking else f"has tasks that the baseline lacks: {', '.join(extra)}"
+        raise UserError(
+            f"{evaluation.folder / 'summary.json'} {what}. Ask for other shots=[...], or evaluate again: python -m eval.fewshot "
+            f"run={evaluation.run_name}-{evaluation.run_hash[:8]} tasks=[{','.join(tasks)}] shots=[{','.join(map(str, numbers))}]"
+        )
+    return numbers
+
+
+def _cell(own: list[_Answers], other: list[_Answers] | None, interval: str) -> Cell:
+    """The mean over the given tasks (one or all), and its paired difference to `other`."""
+    items = st.mean_over_tasks([st.clustered_mean(a.scores.mean(0), a.clusters) for a in own])
+    seed_means = np.mean([a.scores.mean(1) for a in own], axis=0)
+    cell = Cell(st.combine_seeds(items, seed_means))
+    if other is None:
+        return cell
+    deltas = [a.scores.mean(0) - b.scores.mean(0) for a, b in zip(own, other, strict=True)]
+    paired = st.mean_over_tasks([st.clustered_mean(d, a.clusters) for d, a in zip(deltas, own, strict=True)])
+    if interval == "bootstrap":
+        draws = [st.bootstrap_draws(d, a.clusters, seed=number) for number, (d, a) in enumerate(zip(deltas, own, strict=True))]
+        cell.difference = st.bootstrap_difference(paired.mean, np.mean(draws, axis=0))
+        return cell
+    spreads = [st.seed_spread(seed_means), st.seed_spread(np.mean([b.scores.mean(1) for b in other], axis=0))]
+    combined = st.combine_items_and_seeds(paired, *spreads)
+    cell.difference_has_seeds = combined.se_seeds is not None
+    cell.difference = st.difference(combined.mean, combined.se, combined.df)
+    return cell
+
+
+def _correct(cells: Sequence[Cell]) -> None:
+    compared = [cell for cell in cells if cell.difference is not None]
+    for cell, p in zip(compared, st.holm([c.difference.p for c in compared if c.difference]), strict=True):
+        cell.p_holm = p
+
+
+def _detectable(rows: Sequence[Row], numbers: Sequence[int]) -> dict[int, Detectable]:
+    """From the item-level errors of the comparison that is hardest to decide, for each number of shots."""
+    found = {}
+    for k in numbers:
+        base = rows[0].cells[k].score.se_items
+        compared = [r.cells[k] for r in rows[1:] if r.control is None]
+        pairs = [(c.difference.se, c.score.se_items) for c in compared if c.difference and not math.isnan(c.difference.se)]
+        if pairs:
+            paired, own = max(pairs)
+            unpaired = math.hypot(base, own)
+            found[k] = Detectable(
+                st.detectable_from_se(unpaired), st.detectable_from_se(paired), st.correlation(base, own, paired)
+            )
+    return found
+
+
+def _resources(variant: Variant, baseline: Variant, match_within: float) -> Resources:
+    def mean(pick: str, of: Variant = variant) -> float:
+        return float(np.mean([getattr(run, pick) for run in of.runs]))
+
+    mismatches = []
+    for key, name in (("tokens_seen", "tokens"), ("images_seen", "images"), ("steps", "steps")):
+        own, base = mean(key), mean(key, baseline)
+        if abs(own - base) > match_within * base:
+            mismatches.append(f"{name} {own / base - 1:+.1%}" if base else f"{name} {own:.0f} instead of 0")
+    return Resources(
+        label=variant.label,
+        seeds=[run.seed for run in variant.runs],
+        parameters=variant.runs[0].parameters,
+        tokens=mean("tokens_seen"),
+        text_tokens=mean("text_tokens_seen"),
+        images=mean("images_seen"),
+        steps=mean("steps"),
+        flops=mean("flops"),
+        seconds=mean("seconds"),
+        mismatches=mismatches,
+        runs=[run.label for run in variant.runs],
+    )
+
+
+def _notes(table: Table, selection: Selection, interval: str, match_within: float) -> list[str]:
+    first = selection.variants[0].evaluations[0]
+    kinds = sorted({kind for v in selection.variants for kind in v.controls})
+    counts = [len(r.seeds) for r in table.resources]
+    method = "percentiles of 10,000 paired bootstrap draws of clusters" if interval == "bootstrap" else "Student's t"
+    notes = [
+        f"Scores in points, ± one standard error. Δ: difference to {table.resources[0].label} on the same items, with its 95 % "
+        f"interval ({method}). *: p < 0.05 after Holm's correction over all differences of one table.",
+    ]
+    if max(counts) == 1:
+        notes.append(
+            "Errors are item-level only: one training seed a variant. How much another seed would change is not in them."
+        )
+    else:
+        notes.append(
+            "Errors add item and training-seed variance where a variant has several seeds; 's' is the part of the seeds. Δ marked "
+            "'(items)' is item-level only: one of its two sides has a single training seed."
+        )
+    notes.append(
+        "Errors are clustered by image. The mean weighs tasks equally, SE = sqrt(sum SE²)/k, which takes the tasks' images as different."
+    )
+    sizes = []
+    for name, task in first.tasks.items():
+        held = {(task.shots[k].n, task.shots[k].clusters) for k in table.shots}
+        n, clusters = max(held)
+        sizes.append(
+            f"{name} {n} items on {clusters} images" + (f", chance {task.chance:.1f}" if task.chance is not None else "")
+        )
+    notes.append(f"Sample: {'; '.join(sizes)}. Demonstration seed {first.seed}, plan {table.plan[:8]}, corpus {table.corpus}.")
+    for block in table.blocks[:1]:
+        if block.detectable:
+            parts = [
+                f"{k}-shot {d.unpaired:.1f} unpaired, {d.paired:.1f} at the correlation seen ({d.correlation:.2f})"
+                for k, d in block.detectable.items()
+            ]
+            what = "means over tasks" if block.task is None else block.task
+            notes.append(f"Smallest detectable difference of {what} (power 0.8, α 0.05, before Holm): {'; '.join(parts)}.")
+    if kinds:
+        notes.append(
+            f"Controls ({', '.join(kinds)}): the same questions with other images. Their Δ is to the row above them, in a Holm family of "
+            "their own; what they keep of the score is owed to text alone."
+        )
+    for r in table.resources:
+        if r.mismatches:
+            notes.append(
+                f"≠ {r.label} was not trained on as much as {table.resources[0].label} ({', '.join(r.mismatches)}; more than "
+                f"{match_within:.0%} apart): its difference is not of the variant alone."
+            )
+    if selection.left_out:
+        notes.append(f"Not in this table: {', '.join(selection.left_out)}.")
+    return notes
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+@command("table", schema=TableConfig)
+def main(config: TableConfig) -> None:
+    """Tables of few-shot results with error bars: Markdown on the screen, Markdown and CSV in a folder.
+
+    runs=[base,connector_avgpool]  names, beginnings of run folders' names, or paths. None: all finished and evaluated runs of the
+                                   largest group that share scale, corpus and plan.
+    baseline=base                  the row that the others are compared with. None: the run without ablations, else the first.
+    shots=[0,4,8]                  columns. None: all that the baseline was evaluated with.
+    evaluation=1a2b                where runs have several: the beginning of a plan's fingerprint or of a folder under results/.
+    output=FOLDER                  where table.md and table.csv go. None: <home>/tables.
+    interval=t                     t, or bootstrap: percentiles of resampled images (one training seed only).
+    match_within=0.01              rows whose tokens, images or steps differ from the baseline's by a larger share are marked ≠.
+    """
+    from ablations.render import render_csv, render_markdown
+
+    selection = select(config.runs, baseline=config.baseline, evaluation=config.evaluation)
+    table = build(selection, config.shots, interval=config.interval, match_within=config.match_within)
+    folder = Path(config.output).expanduser() if config.output else paths.home() / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    renderers: dict[str, Callable[[Table], str]] = {"table.md": render_markdown, "table.csv": render_csv}
+    for name, render in renderers.items():
+        (folder / name).write_text(render(table), encoding="utf-8")
+    print(render_markdown(table), end="")
+    print(f"\nWritten: {folder / 'table.md'}, {folder / 'table.csv'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
