@@ -134,11 +134,11 @@ def clustered_mean(scores: Array, clusters: Sequence[str] | Array) -> Estimate:
     if values.size == 0:
         raise ValueError("the mean of no items")
     numbers, count = cluster_numbers(clusters)
-    mean = float(values.mean())
+    mean = math.fsum(values) / values.size  # exact sums: the same digits in every process
     if count == 1:
         return Estimate(mean, math.nan, math.nan, values.size, 1)
     sums = np.bincount(numbers, weights=values - mean, minlength=count)
-    se = math.sqrt(count / (count - 1) * float(sums @ sums)) / values.size
+    se = math.sqrt(count / (count - 1) * math.fsum(sums * sums)) / values.size
     return Estimate(mean, se, count - 1, values.size, count)
 
 

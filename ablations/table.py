@@ -2,10 +2,11 @@
 
     runs + results -> Selection (selection.py) -> Table -> Markdown, CSV (render.py)
 
-One block for the mean over tasks and one for each task. A cell holds the mean score in points, its standard error, and the difference to
-the baseline on the same items with a confidence interval and a p-value; Holm's correction runs over all differences of a block. A row
-of a control (images shuffled) stands under its run and is compared with that run instead, in a family of its own. Rows that consumed
-another amount of tokens, images or steps than the baseline are marked: there the difference is not of the variant alone.
+One block for the mean over tasks and one for each task. A cell holds the mean score in points, its standard error, and the
+difference to the baseline on the same items with a confidence interval and a p-value; Holm's correction runs over all differences of
+a block. A row of a control (images shuffled) stands under its run and is compared with that run instead, in a family of its own.
+Rows that consumed another amount of tokens, images or steps than the baseline are marked: there the difference is not of the variant
+alone.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class TableConfig:
 
 @dataclass
 class Cell:
-    """A score in points. `difference` is to the baseline, for a control to its own run; `p_holm` is corrected within the block."""
+    """A score in points. `difference` is to the baseline, a control's to its own run; `p_holm` is corrected within the block."""
 
     score: st.Combined
     difference: st.Difference | None = None
@@ -73,7 +74,7 @@ class Row:
 
 @dataclass
 class Detectable:
-    """Smallest true difference (points) found with power 0.8 at alpha 0.05: from unpaired items, and paired at the correlation seen."""
+    """Smallest true difference (points) found with power 0.8 at alpha 0.05: unpaired, and paired at the correlation seen."""
 
     unpaired: float
     paired: float
@@ -233,18 +234,18 @@ def _correct(cells: Sequence[Cell]) -> None:
 
 
 def _detectable(rows: Sequence[Row], numbers: Sequence[int]) -> dict[int, Detectable]:
-    """From the item-level errors of the comparison that is hardest to decide, for each number of shots."""
+    """From the errors of the comparison that is hardest to decide, for each number of shots."""
     found = {}
     for k in numbers:
-        base = rows[0].cells[k].score.se_items
-        compared = [r.cells[k] for r in rows[1:] if r.control is None]
-        pairs = [(c.difference.se, c.score.se_items) for c in compared if c.difference and not math.isnan(c.difference.se)]
-        if pairs:
-            paired, own = max(pairs)
-            unpaired = math.hypot(base, own)
-            found[k] = Detectable(
-                st.detectable_from_se(unpaired), st.detectable_from_se(paired), st.correlation(base, own, paired)
-            )
+        base = rows[0].cells[k].score
+        compared = [
+            (r.cells[k], d) for r in rows[1:] if r.control is None and (d := r.cells[k].difference) and not math.isnan(d.se)
+        ]
+        if compared:
+            cell, difference = max(compared, key=lambda pair: pair[1].se)
+            both = [s.se if cell.difference_has_seeds else s.se_items for s in (base, cell.score)]
+            paired, unpaired = st.detectable_from_se(difference.se), st.detectable_from_se(math.hypot(*both))
+            found[k] = Detectable(unpaired, paired, st.correlation(*both, difference.se))
     return found
 
 
@@ -287,11 +288,11 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
         )
     else:
         notes.append(
-            "Errors add item and training-seed variance where a variant has several seeds; 's' is the part of the seeds. Δ marked "
-            "'(items)' is item-level only: one of its two sides has a single training seed."
+            "Errors add item and training-seed variance where a variant has several seeds; 's' is the part of the seeds. Δ "
+            "marked '(items)' is item-level only: one of its two sides has a single training seed."
         )
     notes.append(
-        "Errors are clustered by image. The mean weighs tasks equally, SE = sqrt(sum SE²)/k, which takes the tasks' images as different."
+        "Errors are clustered by image. The mean weighs tasks equally, SE = sqrt(sum SE²)/k, as if tasks shared no images."
     )
     sizes = []
     for name, task in first.tasks.items():
@@ -311,8 +312,8 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
             notes.append(f"Smallest detectable difference of {what} (power 0.8, α 0.05, before Holm): {'; '.join(parts)}.")
     if kinds:
         notes.append(
-            f"Controls ({', '.join(kinds)}): the same questions with other images. Their Δ is to the row above them, in a Holm family of "
-            "their own; what they keep of the score is owed to text alone."
+            f"Controls ({', '.join(kinds)}): the same questions with other images. Their Δ is to the run above them, in a Holm family "
+            "of their own; what they keep of the score is owed to text alone."
         )
     for r in table.resources:
         if r.mismatches:
