@@ -1,0 +1,1 @@
+"""Tasks: from files on disk to Examples, with the settings (prompts, metric, stops) each is evaluated by."""

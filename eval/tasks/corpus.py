@@ -1,0 +1,142 @@
+"""The tasks that come with a prepared corpus: its manifest's `tasks`, and the splits of format "task" they name.
+
+    captioning  KEY.json {"id", "image_id", "references": [...]}                            KEY.webp
+    vqa         KEY.json {"id", "image_id", "question", "answers": [...], "question_type"}  KEY.webp
+    binding     KEY.json {"id", "image_id", "names": [two], "answer", "query": member,
+                          "demonstrations": [{"image": member, "name"}, ...]}                KEY.<member> ...
+
+Planning needs ids alone, so a `Pool` keeps each sample's JSON and reads images when an Example is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.errors import UserError
+from data_pipelines.shards import Manifest, ShardReader
+from eval.tasks.example import Example
+
+_KEYS = {
+    "captioning": ("id", "image_id", "references"),
+    "vqa": ("id", "image_id", "question", "answers"),
+    "binding": ("id", "image_id", "names", "answer", "demonstrations", "query"),
+}
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+
+
+class Pool:
+    """The samples of one split of a task: `ids` in the order written, image ids, and Examples by id."""
+
+    def __init__(self, folder: Path, manifest: Manifest, place: str, kind: str, task: str) -> None:
+        source, _, split = place.partition("/")
+        self.kind, self.place, self.task = kind, place, task
+        self._reader = ShardReader(folder, manifest.split(source, split))
+        self._records: list[dict[str, Any]] = []
+        self._position: dict[str, int] = {}
+        for position in range(len(self._reader)):
+            shard, key, members = self._reader[position]
+            record = _record(members, kind, f"{folder / shard}: sample {key} of task {task}")
+            name = str(record["id"])
+            if name in self._position:
+                raise UserError(
+                    f"Task {task}, {place}: id {name!r} stands at samples {self._position[name]} and {position} ({folder / shard}). "
+                    "Ids must be unique; prepare the corpus again."
+                )
+            self._position[name] = position
+            self._records.append(record)
+        if not self._records:
+            raise UserError(f"Task {task}: {place} holds no samples. Prepare the corpus again.")
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self._position)
+
+    @property
+    def image_ids(self) -> dict[str, str]:
+        """id -> image id."""
+        return {name: str(self._records[position]["image_id"]) for name, position in self._position.items()}
+
+    def example(self, name: str) -> Example:
+        """Raises UserError if an image is missing from the sample."""
+        position = self._position[name]
+        shard, key, members = self._reader[position]
+        record = self._records[position]
+        where = f"{shard}: sample {key} of task {self.task}"
+        if self.kind == "binding":
+            return _episode(record, members, where)
+        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if image is None:
+            raise UserError(f"{where}: no image (members: {', '.join(members)}). Prepare the corpus again.")
+        references = record["references"] if self.kind == "captioning" else record["answers"]
+        return Example(name, str(record["image_id"]), image, record.get("question"), tuple(references))
+
+
+def _record(members: dict[str, bytes], kind: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(members["json"])
+        missing = [key for key in _KEYS[kind] if key not in record]
+    except (KeyError, json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{where}: no readable json member ({error}). Prepare the corpus again.") from error
+    if missing:
+        raise UserError(f"{where}: its json has no {', '.join(missing)}, which a {kind} task needs. Prepare the corpus again.")
+    references = record.get("references" if kind == "captioning" else "answers")
+    if kind != "binding" and (not isinstance(references, list) or not references):
+        raise UserError(f"{where}: no references to score against (found {references!r}). Prepare the corpus again.")
+    if kind == "binding" and record["answer"] not in record["names"]:
+        raise UserError(
+            f"{where}: the answer {record['answer']!r} is none of the names {record['names']}. Prepare the corpus again."
+        )
+    return record
+
+
+def _episode(record: dict[str, Any], members: dict[str, bytes], where: str) -> Example:
+    name = str(record["id"])
+    try:
+        shown = tuple(
+            Example(f"{name}/{d['image']}", f"{name}/{d['image']}", members[d["image"]], None, (d["name"],))
+            for d in record["demonstrations"]
+        )
+        image = members[record["query"]]
+    except KeyError as error:
+        raise UserError(f"{where}: no member {error} (members: {', '.join(members)}). Prepare the corpus again.") from error
+    return Example(name, str(record["image_id"]), image, None, (record["answer"],), tuple(record["names"]), shown)
+
+
+@dataclass
+class TaskData:
+    """A task ready to be planned: `support` is None where items bring their own demonstrations. `chance` in points (0 to
+    100)."""
+
+    name: str
+    kind: str
+    chance: float | None
+    queries: Pool
+    support: Pool | None
+
+
+def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskData]:
+    """The corpus's tasks, all of them or those named. Raises UserError listing the known ones for a name it does not hold."""
+    manifest = Manifest.load(folder)
+    wanted = list(manifest.tasks) if names is None else list(names)
+    if unknown := [name for name in wanted if name not in manifest.tasks]:
+        known = ", ".join(manifest.tasks) or "none"
+        raise UserError(f"tasks: corpus {manifest.corpus!r} has no {', '.join(unknown)}. It has: {known}.")
+    if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
+        raise UserError(f"tasks: {', '.join(repeated)} given twice. Name each task once.")
+    if not wanted:
+        raise UserError(f"Corpus {manifest.corpus!r} ({folder}) comes with no tasks. Give another one: corpus=NAME.")
+    tasks = []
+    for name in wanted:
+        task = manifest.tasks[name]
+        if task.kind not in _KEYS:
+            raise UserError(f"{folder}: task {name!r} is of kind {task.kind!r}; this suite evaluates {', '.join(_KEYS)}.")
+        queries = Pool(folder, manifest, task.query, task.kind, name)
+        support = None
+        if task.kind != "binding":
+            support = queries if task.support == task.query else Pool(folder, manifest, task.support, task.kind, name)
+        tasks.append(TaskData(name, task.kind, None if task.chance is None else 100 * task.chance, queries, support))
+    return tasks
