@@ -29,6 +29,7 @@ from data_pipelines import paths
 from data_pipelines.errors import UserError
 
 VERSION = 1
+COUNTERS = ("tokens_seen", "text_tokens_seen", "images_seen", "steps", "flops", "seconds")
 MEAN_TOLERANCE = 0.01  # points; summaries may be rounded, per-item scores are not
 
 
@@ -101,7 +102,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's record. flops: total; seconds: wall time; tokens count text and image tokens, `text_tokens_seen` the text alone."""
+    """A run's record. flops: total; seconds: wall time; tokens_seen: text and image tokens, text_tokens_seen: those with a loss.
+    `identity`: all that changes the weights (mm1.config). What an unfinished run has not counted yet is 0."""
 
     folder: Path
     name: str
@@ -119,6 +121,7 @@ class Run:
     corpus: str
     corpus_fingerprint: str
     config: dict[str, Any] = field(repr=False)
+    identity: dict[str, Any] = field(repr=False)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
@@ -136,13 +139,8 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """What the seeds of one variant share: the name, and the configuration but for the seed and what leaves the weights alone
-        (mm1.config.TrainConfig.identity leaves out the same)."""
-        shared = {key: value for key, value in self.config.items() if key not in ("seed", "name", "ablation")}
-        shared["engine"] = {"precision": (shared.get("engine") or {}).get("precision")}
-        silent = ("log_every", "checkpoint_every", "keep_checkpoints", "validation_sequences")
-        shared["train"] = {key: value for key, value in (shared.get("train") or {}).items() if key not in silent}
-        return json.dumps([self.name, shared], sort_keys=True, default=str)
+        """What the seeds of one variant share: the name, and all that changes the weights but the seed."""
+        return json.dumps([self.name, {k: v for k, v in self.identity.items() if k != "seed"}], sort_keys=True)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged steps in order. Where a resumed run logged a step again, the later record holds; the line that a run still
@@ -201,6 +199,8 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'config.yaml'} cannot be read ({error}); {remedy}") from error
+    if raw.get("status") != "finished":
+        raw = dict.fromkeys(COUNTERS, 0) | {"parameters": {}} | raw
     try:
         return Run(
             folder=folder,
@@ -219,6 +219,7 @@ def read_run(folder: Path) -> Run:
             corpus=raw["corpus"]["name"],
             corpus_fingerprint=raw["corpus"]["fingerprint"],
             config=config or {},
+            identity=raw["identity"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error

@@ -3,10 +3,10 @@
     runs + results -> Selection (selection.py) -> Table -> Markdown, CSV (render.py)
 
 One block for the mean over tasks and one for each task. A cell holds the mean score in points, its standard error, and the
-difference to the baseline on the same items with a confidence interval and a p-value; Holm's correction runs over all differences of
-a block. A row of a control (images shuffled) stands under its run and is compared with that run instead, in a family of its own.
-Rows that consumed another amount of tokens, images or steps than the baseline are marked: there the difference is not of the variant
-alone.
+difference to the baseline on the same items with a confidence interval and a p-value; Holm's correction runs over all differences
+of a block. A row of a control (images shuffled) stands under its run and is compared with that run instead, in a family of its own.
+Rows that consumed another amount of tokens, images or steps than the baseline are marked: there the difference is not of the
+variant alone.
 """
 
 from __future__ import annotations
@@ -243,9 +243,9 @@ def _detectable(rows: Sequence[Row], numbers: Sequence[int]) -> dict[int, Detect
         ]
         if compared:
             cell, difference = max(compared, key=lambda pair: pair[1].se)
-            both = [s.se if cell.difference_has_seeds else s.se_items for s in (base, cell.score)]
-            paired, unpaired = st.detectable_from_se(difference.se), st.detectable_from_se(math.hypot(*both))
-            found[k] = Detectable(unpaired, paired, st.correlation(*both, difference.se))
+            one, other = (s.se if cell.difference_has_seeds else s.se_items for s in (base, cell.score))
+            paired, unpaired = st.detectable_from_se(difference.se), st.detectable_from_se(math.hypot(one, other))
+            found[k] = Detectable(unpaired, paired, st.correlation(one, other, difference.se))
     return found
 
 
@@ -312,8 +312,8 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
             notes.append(f"Smallest detectable difference of {what} (power 0.8, α 0.05, before Holm): {'; '.join(parts)}.")
     if kinds:
         notes.append(
-            f"Controls ({', '.join(kinds)}): the same questions with other images. Their Δ is to the run above them, in a Holm family "
-            "of their own; what they keep of the score is owed to text alone."
+            f"Controls ({', '.join(kinds)}): the same questions with other images. Their Δ is to the run above them, in a Holm "
+            "family of their own; what they keep of the score is owed to text alone."
         )
     for r in table.resources:
         if r.mismatches:
