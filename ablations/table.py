@@ -4,7 +4,7 @@
 
 One block for the mean over tasks and one for each task. A cell holds the mean score in points, its standard error, and the
 difference to the baseline on the same items with a confidence interval and a p-value; Holm's correction runs over all differences
-of a block. A row of a control (images shuffled) stands under its run and is compared with that run instead, in a family of its own.
+of a block. A control's row (images shuffled) stands under its run and is compared with that run instead, in a family of its own.
 Rows that consumed another amount of tokens, images or steps than the baseline are marked: there the difference is not of the
 variant alone.
 """

@@ -60,7 +60,7 @@ class Folders:
             "identity": {"seed": seed, "connector": config["connector"]},
         } | changes
         if record["status"] == "running":  # mm1/run.py writes these at checkpoints and at the end only
-            record = {key: value for key, value in record.items() if key not in ("tokens_seen", "images_seen", "flops", "parameters")}
+            record = {key: value for key, value in record.items() if key not in ("tokens_seen", "flops", "parameters")}
         (folder / "run.json").write_text(json.dumps(record))
         return folder
 
@@ -334,8 +334,6 @@ def test_csv_parses_back_to_the_table(two: Folders) -> None:
     for line in lines:
         task = None if line["task"] == "mean" else line["task"]
         cell = row(table, task, line["variant"], line["control"] or None).cells[int(line["shots"])]
-            int(line["shots"])
-        ]
         assert float(line["value"]) == cell.score.mean
         assert (line["difference"] == "") == (cell.difference is None)
         if cell.difference:
