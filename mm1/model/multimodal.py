@@ -49,6 +49,8 @@ class MultimodalConfig(PretrainedConfig):
         for name in ("eos_token_id", "bos_token_id", "pad_token_id", "tie_word_embeddings"):
             if text_config is not None and name not in kwargs:
                 kwargs[name] = getattr(text_config, name, None)
+        # Without this, transformers resets the decoder's choice of attention to none, which means eager.
+        kwargs.setdefault("attn_implementation", getattr(text_config, "_attn_implementation", None))
         super().__init__(**kwargs)
 
     @property
@@ -98,6 +100,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             grid=self.image_encoder.grid,
             out_width=self.decoder.get_input_embeddings().embedding_dim,
         )
+        for module in self.decoder.modules():
+            # from_pretrained leaves the non-persistent buffers (rotary frequencies) of a nested model uninitialised: save them instead.
+            module._non_persistent_buffers_set.clear()
         self._keep: torch.Tensor | None = None
         head = self.decoder.get_output_embeddings()
         if head is None:
@@ -194,6 +199,10 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
                 inputs_embeds = inputs_embeds + unused
         if document_ids is not None:
             attention_mask = document_mask(document_ids)
+            if self.decoder.config._attn_implementation != "sdpa":  # the others add the mask to the scores
+                attention_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype).masked_fill(
+                    ~attention_mask, torch.finfo(inputs_embeds.dtype).min
+                )
         labelled = None if labels is None else labels != IGNORE
         self._keep = labelled
         try:
