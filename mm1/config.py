@@ -14,7 +14,7 @@ from typing import Any
 from configs.command import register
 from data_pipelines.config import DataConfig, PackingConfig
 from data_pipelines.errors import UserError
-from mm1.model.config import ConnectorConfig, ImageEncoderConfig
+from mm1.model.config import TRAIN_MODES, ConnectorConfig, ImageEncoderConfig
 
 
 @dataclass
@@ -33,14 +33,10 @@ class DecoderConfig:
             raise UserError("decoder: give decoder.path, or decoder.architecture.model_type with the sizes of a new model.")
         if self.path is not None and self.architecture:
             raise UserError(f"decoder.path={self.path} brings its own architecture; decoder.architecture must then be empty ({{}}).")
-        check_trained("decoder", self.train, self.lr_scale)
-
-
-def check_trained(part: str, train: str, lr_scale: float) -> None:
-    if train not in ("full", "frozen"):
-        raise UserError(f"{part}.train={train}: must be full or frozen.")
-    if lr_scale <= 0:
-        raise UserError(f"{part}.lr_scale={lr_scale}: must be positive; use {part}.train=frozen to stop training it.")
+        if self.train not in TRAIN_MODES:
+            raise UserError(f"decoder.train={self.train}: must be one of {', '.join(TRAIN_MODES)}.")
+        if self.lr_scale <= 0:
+            raise UserError(f"decoder.lr_scale={self.lr_scale}: must be positive; decoder.train=frozen keeps the weights.")
 
 
 @dataclass
@@ -130,6 +126,8 @@ class TrainConfig:
     engine: EngineConfig
     train: LoopConfig
     scale: str
+    connector_width: int
+    """Inner width of a C-Abstractor at this scale (configs/connector/cabstractor.yaml refers to it)."""
     high_resolution: int
     """Pixels a side that +ablation=resolution_high stands for at this scale."""
     seed: int = 0
@@ -147,7 +145,6 @@ class TrainConfig:
             raise UserError(f"name={self.name!r}: letters, digits and . _ + = - only; it becomes a folder's name.")
         self.image_encoder.validate()
         self.connector.validate()
-        check_grid(self.image_encoder, self.connector)
         for section in (self.decoder, self.data, self.optim, self.engine, self.train):
             section.validate()
         self.packing.validate(self.image_tokens)
@@ -157,11 +154,11 @@ class TrainConfig:
             )
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}.")
-        check_trained("image_encoder", self.image_encoder.train, self.image_encoder.lr_scale)
 
     @property
     def image_tokens(self) -> int:
-        return image_tokens(self.image_encoder, self.connector)
+        """Tokens of the decoder's sequence that one image takes."""
+        return self.connector.tokens(self.image_encoder.grid())
 
     def identity(self) -> dict[str, Any]:
         """All that changes the weights, as plain values: what the run's hash is made of.
@@ -169,7 +166,7 @@ class TrainConfig:
         Left out: names, where and how fast it runs, and how often it logs, saves and validates.
         """
         settings = asdict(self)
-        for key in ("name", "ablation", "scale", "high_resolution"):
+        for key in ("name", "ablation", "scale", "connector_width", "high_resolution"):
             settings.pop(key)
         settings["engine"] = {"precision": self.engine.precision}
         for key in ("log_every", "checkpoint_every", "keep_checkpoints", "validation_sequences"):
@@ -180,23 +177,6 @@ class TrainConfig:
         """Eight hex digits over identity and corpus: the same on every rank and however the run was started."""
         text = json.dumps({"config": self.identity(), "corpus": corpus_fingerprint}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def image_tokens(image_encoder: ImageEncoderConfig, connector: ConnectorConfig) -> int:
-    """Tokens of an image: the connector's own number, or every patch where the connector keeps them all (num_tokens null)."""
-    if connector.num_tokens is not None:
-        return connector.num_tokens
-    side = image_encoder.image_size // image_encoder.patch_size
-    return side * side
-
-
-def check_grid(image_encoder: ImageEncoderConfig, connector: ConnectorConfig) -> None:
-    side = image_encoder.image_size // image_encoder.patch_size
-    if connector.num_tokens is not None and connector.num_tokens > side * side:
-        raise UserError(
-            f"connector.num_tokens={connector.num_tokens} is more than the {side}x{side} patches of image_encoder.image_size="
-            f"{image_encoder.image_size}; raise the resolution or ask for at most {side * side} tokens."
-        )
 
 
 register("decoder", DecoderConfig, "schema/decoder")

@@ -92,8 +92,6 @@ def _train(config: TrainConfig, run: Run, corpus: Path, workers: Workers) -> int
 
 def build(config: TrainConfig, corpus: Path) -> tuple[MultimodalLM, Any]:
     """The untrained model of a configuration, float32 on the CPU, with its tokeniser; weights depend on `config.seed` alone."""
-    from dataclasses import asdict
-
     import torch
 
     from data_pipelines.tokens import image_token_id, load_tokenizer
@@ -103,8 +101,7 @@ def build(config: TrainConfig, corpus: Path) -> tuple[MultimodalLM, Any]:
 
     tokenizer = load_tokenizer(Path(config.decoder.tokenizer or config.decoder.path or corpus / "tokenizer"))
     torch.manual_seed(config.seed)
-    encoder_settings = asdict(config.image_encoder)
-    encoder = build_image_encoder(encoder_settings, load_weights=True)
+    encoder = build_image_encoder(config.image_encoder.settings(), load_weights=True)
     special = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
     # Drawn from its own seed, the decoder starts the same whatever encoder or connector stands before it.
     torch.manual_seed(config.seed + 1)
@@ -112,7 +109,7 @@ def build(config: TrainConfig, corpus: Path) -> tuple[MultimodalLM, Any]:
     torch.manual_seed(config.seed + 2)
     settings = MultimodalConfig(
         image_encoder=encoder.settings(),
-        connector=asdict(config.connector) | {"num_tokens": config.image_tokens},
+        connector=config.connector.settings(encoder.grid),
         text_config=decoder.config,
         image_token_id=image_token_id(tokenizer),
     )
