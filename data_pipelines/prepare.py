@@ -58,7 +58,9 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
         if (folder / MANIFEST).is_file() and not force:
             manifest = Manifest.load(folder)
             refuse_other_settings(manifest, corpus, folder)
-            print(f"Corpus {corpus.name!r} is there already: {folder} (fingerprint {manifest.fingerprint[:12]}). force=true makes it again.")
+            print(
+                f"Corpus {corpus.name!r} is there already: {folder} (fingerprint {manifest.fingerprint[:12]}). force=true makes it again."
+            )
             return folder
         print(f"Preparing the corpus {corpus.name!r} in {folder}", flush=True)
         started = time.monotonic()
@@ -116,10 +118,14 @@ def locked(folder: Path) -> Iterator[None]:
 def refuse_other_settings(manifest: Manifest, corpus: CorpusConfig, folder: Path) -> None:
     made = cast("dict[str, object]", manifest.settings.get("config", {}))
     harmless = {"name", "processes"}
-    differing = {key: value for key, value in asdict(corpus).items() if key not in harmless and key in made and made[key] != value}
+    differing = {
+        key: value for key, value in asdict(corpus).items() if key not in harmless and key in made and made[key] != value
+    }
     if differing:
         listed = ", ".join(f"{key}={made[key]} (asked: {value})" for key, value in sorted(differing.items()))
-        raise UserError(f"{folder} was prepared with {listed}. Add force=true to make it again, or corpus.name=... for one beside it.")
+        raise UserError(
+            f"{folder} was prepared with {listed}. Add force=true to make it again, or corpus.name=... for one beside it."
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- summary
@@ -136,7 +142,9 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
     width = min(sum(widths) + 8, shutil.get_terminal_size().columns)
     lines = []
     for number, row in enumerate(rows):
-        lines.append("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+        lines.append(
+            "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        )
         if number == 0:
             lines.append("-" * width)
     total = sum(shard.bytes for splits in manifest.splits.values() for split in splits.values() for shard in split.shards)

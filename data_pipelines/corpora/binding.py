@@ -18,7 +18,31 @@ from data_pipelines.corpora.building import Page, demonstration_name, digest, sa
 if TYPE_CHECKING:
     import numpy
 
-ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "bl", "dr", "fl", "gr", "kl", "pl", "tr", "zw")
+ONSETS = (
+    "b",
+    "d",
+    "f",
+    "g",
+    "k",
+    "l",
+    "m",
+    "n",
+    "p",
+    "r",
+    "s",
+    "t",
+    "v",
+    "w",
+    "z",
+    "bl",
+    "dr",
+    "fl",
+    "gr",
+    "kl",
+    "pl",
+    "tr",
+    "zw",
+)
 VOWELS = ("a", "e", "i", "o", "u")
 ENDINGS = ("ppo", "ndo", "vi", "sko", "mbu", "lu", "zif", "ket", "dap", "tha")
 WORDS = frozenset({"basket", "kendo", "lulu", "rondo", "zulu", "bondo", "kevi", "nevi", "tandap"})

@@ -161,7 +161,9 @@ class CorpusBuilder:
         for source in FORMATS:
             room = TOKENIZER_CHARACTERS
             collected = self.training_text[source]
-            step = max(1, sum(map(len, collected)) // TOKENIZER_CHARACTERS)  # every step-th, so that each kind of document is heard
+            step = max(
+                1, sum(map(len, collected)) // TOKENIZER_CHARACTERS
+            )  # every step-th, so that each kind of document is heard
             for text in collected[::step]:
                 texts.append(text)
                 room -= len(text)

@@ -34,10 +34,10 @@ class StarterConfig(CorpusConfig):
     name: str = "starter"
     held_out_concepts: float = 0.05
     """Share of concepts no training picture shows."""
-    held_out_pictures: float = 0.06
+    held_out_pictures: float = 0.08
     """Share of further concepts of which one style's pictures are kept for the queries."""
-    validation: float = 0.03
-    """Share of concepts of which one style's pictures, and of text documents that, go to the validation splits."""
+    validation: float = 0.05
+    """Share of further concepts of which one style's pictures go to the validation splits."""
     skin_tones: int = 2
     """How many of the five skin tones of a concept each style shows (chosen by the seed): all of them would be half the corpus."""
     shape_captions: int = 1000

@@ -19,13 +19,28 @@ OPENMOJI = Pinned(
     "npm", "openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68", "CC-BY-SA-4.0", 4_339_458
 )
 FLUENT = Pinned(
-    "npm", "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58", "MIT", 15_792_027
+    "npm",
+    "@lobehub/fluent-emoji-3d",
+    "1.1.0",
+    "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    "MIT",
+    15_792_027,
 )
 GOOGLE = Pinned(
-    "npm", "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438", "MIT", 74_344_091
+    "npm",
+    "emoji-datasource-google",
+    "16.0.0",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "MIT",
+    74_344_091,
 )
 CLDR = Pinned(
-    "npm", "cldr-annotations-full", "48.2.0", "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1", "Unicode-3.0", 6_537_823
+    "npm",
+    "cldr-annotations-full",
+    "48.2.0",
+    "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+    "Unicode-3.0",
+    6_537_823,
 )
 PACKAGES = (OPENMOJI, FLUENT, GOOGLE, CLDR)
 
@@ -57,7 +72,7 @@ def plain(name: str, subgroup: str = "") -> str:
     name = re.sub(r"[“”\"()]", "", name).replace("’", "'").strip().lower()
     if flag := re.fullmatch(r"flag: (.+)", name) or (re.fullmatch(r"(.+?) flag", name) if subgroup.endswith("flag") else None):
         return f"flag of {flag[1]}"
-    name = name.replace("≊", "").replace(":", ",").replace("_", " ")
+    name = name.replace("keycap: ", "keycap ").replace("≊", "").replace(":", ",").replace("_", " ")
     return re.sub(r"\s+", " ", name).strip(" ,")
 
 

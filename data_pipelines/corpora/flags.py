@@ -10,7 +10,9 @@ from pathlib import Path
 from data_pipelines.corpora.pictures import Picture
 from data_pipelines.packages import Pinned, members
 
-FLAG_ICONS = Pinned("npm", "flag-icons", "7.5.0", "c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518", "MIT", 1_119_924)
+FLAG_ICONS = Pinned(
+    "npm", "flag-icons", "7.5.0", "c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518", "MIT", 1_119_924
+)
 COUNTRIES = Pinned(
     "npm", "world-countries", "5.1.0", "329eb6ef4099ffb590219c9beb634bf489a5e4b10d8ab0ac52a58ebf7b9f8495", "ODbL-1.0", 5_771_113
 )

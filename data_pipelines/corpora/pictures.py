@@ -66,7 +66,9 @@ def render(source: bytes, size: int, quality: int) -> tuple[bytes, bytes, dict[s
     except (ValueError, OSError, UnidentifiedImageError):
         return None
     scale = size / max(picture.size)
-    picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS)
+    picture = picture.resize(
+        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
+    )
     square = Image.new("RGB", (size, size), "white")
     corner = ((size - picture.width) // 2, (size - picture.height) // 2)
     square.paste(picture, corner, picture.getchannel("A") if picture.mode == "RGBA" else None)
@@ -83,7 +85,12 @@ def colour_shares(picture: Any) -> dict[str, float]:
     drawn = ~((saturation < 25) & (value > 235))
     total = max(1, int(drawn.sum()))
     vivid = drawn & (saturation > 130) & (value > 110)
-    bands = {"red": (hue < 12) | (hue > 345), "yellow": (hue > 40) & (hue < 65), "green": (hue > 85) & (hue < 160), "blue": (hue > 190) & (hue < 250)}
+    bands = {
+        "red": (hue < 12) | (hue > 345),
+        "yellow": (hue > 40) & (hue < 65),
+        "green": (hue > 85) & (hue < 160),
+        "blue": (hue > 190) & (hue < 250),
+    }
     shares = {colour: float((vivid & band).sum()) / total for colour, band in bands.items()}
     shares["black"] = float((drawn & (value < 60)).sum()) / total
     return shares
@@ -124,7 +131,10 @@ def join_by_name(pictures: Sequence[Picture]) -> None:
 
     for picture in pictures:
         for reference in [picture.name, *picture.references]:
-            a, b = root(picture.concept), root(f"name:{reference.split(',')[0]}" if picture.domain == "emoji" else f"name:{reference}")
+            a, b = (
+                root(picture.concept),
+                root(f"name:{reference.split(',')[0]}" if picture.domain == "emoji" else f"name:{reference}"),
+            )
             if a != b:
                 parent[max(a, b)] = min(a, b)
     for picture in pictures:

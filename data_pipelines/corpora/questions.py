@@ -32,6 +32,17 @@ KINDS_OF_THING = {
 }
 """What a picture shows, by how its subgroup begins; pictures of other subgroups are not asked about."""
 
+NOT_EXCLUSIVE = (
+    {"food", "drink"},
+    {"food", "plant"},
+    {"food", "animal"},
+    {"person", "sport"},
+    {"person", "hand"},
+    {"face", "person"},
+    {"face", "animal"},
+)
+"""Kinds of which a picture can be both: about these the other one is not denied."""
+
 CLEARLY, HARDLY = 0.12, 0.004
 """A colour counts as seen above the one share of the drawing and as absent below the other; in between nothing is asked."""
 
@@ -75,15 +86,12 @@ def _is_kind(picture: Picture, rng: numpy.random.Generator) -> Question | None:
     return Question(f"is this {article(asked)}?", "yes" if yes else "no", "yes/no kind")
 
 
-NOT_EXCLUSIVE = ({"food", "drink"}, {"food", "plant"}, {"food", "animal"}, {"person", "sport"}, {"person", "hand"}, {"face", "person"}, {"face", "animal"})
-
-
 def _colour(picture: Picture, rng: numpy.random.Generator) -> Question | None:
     seen = [colour for colour, share in picture.colours.items() if share > CLEARLY]
     absent = [colour for colour, share in picture.colours.items() if share < HARDLY]
-    yes = rng.random() < 0.5
-    if not (seen if yes else absent):
+    if not (seen and absent):  # asked only where both answers could be, so that neither is the safe one
         return None
+    yes = rng.random() < 0.5
     colour = choice(rng, seen if yes else absent)
     return Question(f"is there any {colour} in the picture?", "yes" if yes else "no", "yes/no colour")
 

@@ -51,6 +51,7 @@ NO_NETWORK = (
 SUPPORT = 200
 """Demonstrations a task can draw on."""
 CORPUS_BYTES = 300_000_000
+TEXT_VALIDATION = 0.02
 
 
 def prepare(config: StarterConfig, folder: Path, downloads: Path) -> Manifest:
@@ -86,7 +87,9 @@ def prepare(config: StarterConfig, folder: Path, downloads: Path) -> Manifest:
     )
 
 
-def gather(archives: dict[str, Path], config: StarterConfig, wordnet: prose.WordNet) -> tuple[list[Picture], dict[str, flags.Country]]:
+def gather(
+    archives: dict[str, Path], config: StarterConfig, wordnet: prose.WordNet
+) -> tuple[list[Picture], dict[str, flags.Country]]:
     """All pictures, rendered and assigned to their splits."""
     flag_pictures, countries = flags.load(archives)
     pictures = [*emoji.load(archives, config.seed, config.skin_tones), *flag_pictures, *food.load(archives)]
@@ -165,7 +168,7 @@ def write_text(builder: CorpusBuilder, config: StarterConfig, wordnet: prose.Wor
     texts = [*wordnet.pages(), *prose.brown(brown)]
     for i in generator(config.seed, "text order").permutation(len(texts)):
         key, text = texts[i]
-        builder.text("val" if unit(config.seed, "text held out", key) < config.validation else "train", text)
+        builder.text("val" if unit(config.seed, "text held out", key) < TEXT_VALIDATION else "train", text)
 
 
 def small_webp(png: bytes) -> bytes:
@@ -187,15 +190,21 @@ def write_tasks(
     wordnet: prose.WordNet,
 ) -> dict[str, Task]:
     return {
-        "captions_known": caption_task(builder, config, pictures, "captions_known", KNOWN, "a new picture of a concept seen in training"),
-        "captions_new": caption_task(builder, config, pictures, "captions_new", NEW, "a concept of which training shows no picture"),
+        "captions_known": caption_task(
+            builder, config, pictures, "captions_known", KNOWN, "a new picture of a concept seen in training"
+        ),
+        "captions_new": caption_task(
+            builder, config, pictures, "captions_new", NEW, "a concept of which training shows no picture"
+        ),
         "vqa_starter": question_task(builder, config, pictures),
         "easy_vqa": easy_vqa_task(builder, config, shapes),
         "binding": binding_task(builder, config, pictures, wordnet),
     }
 
 
-def caption_task(builder: CorpusBuilder, config: StarterConfig, pictures: Sequence[Picture], task: str, held: str, what: str) -> Task:
+def caption_task(
+    builder: CorpusBuilder, config: StarterConfig, pictures: Sequence[Picture], task: str, held: str, what: str
+) -> Task:
     support = shuffled(of(pictures, TRAIN), config.seed, f"{task} support")[:SUPPORT]
     query = shuffled(of(pictures, held), config.seed, f"{task} query")
     for split, chosen in (("support", support), ("query", query)):
@@ -210,7 +219,9 @@ def caption_task(builder: CorpusBuilder, config: StarterConfig, pictures: Sequen
     return Task("caption", f"name {what} (emoji, flags, food; {len(query)} pictures)", f"{task}/support", f"{task}/query")
 
 
-def question_sample(builder: CorpusBuilder, task: str, split: str, number: int, image_id: str, image: bytes, asked: tuple[str, str, str]) -> None:
+def question_sample(
+    builder: CorpusBuilder, task: str, split: str, number: int, image_id: str, image: bytes, asked: tuple[str, str, str]
+) -> None:
     """One question; the one answer stands ten times, for the VQA metric counts annotators."""
     question, answer, kind = asked
     described = {
@@ -238,7 +249,9 @@ def question_task(builder: CorpusBuilder, config: StarterConfig, pictures: Seque
         number = 0
         for picture in chosen:
             rng = generator(config.seed, "vqa", split, picture.id)
-            for question in ask(picture, rng, config.queries_per_picture if split == "query" else 1, new_concept=picture.split == NEW):
+            for question in ask(
+                picture, rng, config.queries_per_picture if split == "query" else 1, new_concept=picture.split == NEW
+            ):
                 asked = (question.text, question.answer, question.kind)
                 question_sample(builder, "vqa_starter", split, number, picture.id, picture.image, asked)
                 number += 1
@@ -254,7 +267,9 @@ def easy_vqa_task(builder: CorpusBuilder, config: StarterConfig, shapes: dict[st
         images = {image: small_webp(shapes[published].images[image]) for image in sorted({image for _, _, image in questions})}
         for number, (question, answer, image) in enumerate(questions):
             kind = easy_vqa.question_type(question, answer)
-            question_sample(builder, "easy_vqa", split, number, f"easy-vqa/{published}/{image}", images[image], (question, answer, kind))
+            question_sample(
+                builder, "easy_vqa", split, number, f"easy-vqa/{published}/{image}", images[image], (question, answer, kind)
+            )
     answers = [answer for _, answer, _ in shapes["test"].questions]
     what = f"easy-VQA 1.0, the published test split ({len(answers)} questions, 1,000 images); {majority(answers)}"
     return Task("vqa", what, "easy_vqa/support", "easy_vqa/query")
