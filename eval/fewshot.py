@@ -35,7 +35,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class EvalConfig:
-    """The command's settings. `run`: a run's name or folder, or a save_pretrained folder (then give `corpus` too)."""
+    """The command's settings. `run`: a run's name or folder, or a save_pretrained folder (then give `task_corpus` too)."""
 
     run: str = MISSING
     tasks: list[str] | None = None
@@ -51,7 +51,8 @@ class EvalConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
-    corpus: str | None = None
+    task_corpus: str | None = None
+    """A corpus (name or folder) whose tasks to evaluate in place of the run's own. Not `corpus`, which is a config group."""
     prompts: str | None = None
     """A set of eval/prompts.py in place of each task's own."""
     vqa_metric: str | None = None
@@ -89,15 +90,15 @@ def resolve(run: str, corpus: str | None) -> Target:
         run, path = str(path.parent.resolve()), path.parent
     if (path / "config.json").is_file() and not (path / "run.json").is_file():
         if corpus is None:
-            raise UserError(f"run={run} is a model without a run's record, so its corpus is unknown. Add corpus=NAME.")
+            raise UserError(f"run={run} is a model without a run's record, so its corpus is unknown. Add task_corpus=NAME.")
         weights = weights_fingerprint(path)
         return Target(path.resolve().name, weights, path, path / "results", paths.corpus(corpus), weights)
     found = find_run(run)
     if not (found.export / "config.json").is_file():
         status = found.info.get("status", "unknown")
         raise UserError(
-            f"run={run}: {found.folder} has no exported model yet (status: {status}). Start the same training command again; it goes "
-            "on where it stopped and exports at its end."
+            f"run={run}: {found.folder} has no exported model yet (status: {status}). Start the same training "
+            "command again; it goes on where it stopped and exports at its end."
         )
     folder = paths.corpus(corpus) if corpus is not None else found.corpus
     name, key = found.name, str(found.info.get("hash", ""))
@@ -125,7 +126,7 @@ def weights_fingerprint(export: Path) -> str:
 
 def prepare(config: EvalConfig) -> tuple[Target, Results]:
     """Everything up to the model: target, tasks, settings and plan. Raises UserError for all that can be wrong by then."""
-    target = resolve(config.run, config.corpus)
+    target = resolve(config.run, config.task_corpus)
     manifest = Manifest.load(target.corpus)
     tasks = read_tasks(target.corpus, config.tasks)
     settings = {
@@ -246,13 +247,13 @@ def _images(results: Results, prompters: dict[str, Prompter]) -> Iterator[tuple[
 def main(config: EvalConfig) -> None:
     """Few-shot evaluation of a trained run at 0, 4 and 8 shots.
 
-    run=NAME_OR_FOLDER    a run of mm1.train, or a save_pretrained folder (with corpus=NAME)
+    run=NAME_OR_FOLDER    a run of mm1.train, or a save_pretrained folder (with task_corpus=NAME)
     tasks=[a,b]           of the run's corpus; default: all
     shots=[0,4,8]         demonstrations before each query; k-shot is the beginning of more shots
     limit=200             queries a task, a fixed sample; null: every one
     images=true           shuffled or none: controls that show whether the model looks at its images
     demonstrations=per_query   or fixed: the same ones before every query
-    batch_size=16 device=auto dtype=float32 seed=0 prompts=null vqa_metric=null corpus=null
+    batch_size=16 device=auto dtype=float32 seed=0 prompts=null vqa_metric=null task_corpus=null
 
     Interrupted, it goes on where it stopped; finished, it prints what is there.
     """

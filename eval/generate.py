@@ -70,7 +70,7 @@ def load_model(export: Path, device: str, dtype: str) -> tuple[Any, Any]:
         model = MultimodalLM.from_pretrained(str(export), local_files_only=True, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise UserError(f"{export}: the model cannot be loaded ({error}).") from error
-    return model.to(device).eval(), load_tokenizer(export)
+    return model.eval().to(torch.device(device)), load_tokenizer(export)
 
 
 class ImageFeatures:

@@ -25,6 +25,9 @@ _KEYS = {
     "vqa": ("id", "image_id", "question", "answers"),
     "binding": ("id", "image_id", "names", "answer", "demonstrations", "query"),
 }
+_ALSO_CALLED = {"caption": "captioning"}
+"""Kinds under the names some recipes give them."""
+
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
@@ -43,7 +46,7 @@ class Pool:
             name = str(record["id"])
             if name in self._position:
                 raise UserError(
-                    f"Task {task}, {place}: id {name!r} stands at samples {self._position[name]} and {position} ({folder / shard}). "
+                    f"Task {task}, {place}: samples {self._position[name]} and {position} ({shard}) both have the id {name!r}. "
                     "Ids must be unique; prepare the corpus again."
                 )
             self._position[name] = position
@@ -128,15 +131,16 @@ def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskDat
     if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
         raise UserError(f"tasks: {', '.join(repeated)} given twice. Name each task once.")
     if not wanted:
-        raise UserError(f"Corpus {manifest.corpus!r} ({folder}) comes with no tasks. Give another one: corpus=NAME.")
+        raise UserError(f"Corpus {manifest.corpus!r} ({folder}) comes with no tasks. Give another one: task_corpus=NAME.")
     tasks = []
     for name in wanted:
         task = manifest.tasks[name]
-        if task.kind not in _KEYS:
+        kind = _ALSO_CALLED.get(task.kind, task.kind)
+        if kind not in _KEYS:
             raise UserError(f"{folder}: task {name!r} is of kind {task.kind!r}; this suite evaluates {', '.join(_KEYS)}.")
-        queries = Pool(folder, manifest, task.query, task.kind, name)
+        queries = Pool(folder, manifest, task.query, kind, name)
         support = None
-        if task.kind != "binding":
-            support = queries if task.support == task.query else Pool(folder, manifest, task.support, task.kind, name)
-        tasks.append(TaskData(name, task.kind, None if task.chance is None else 100 * task.chance, queries, support))
+        if kind != "binding":
+            support = queries if task.support == task.query else Pool(folder, manifest, task.support, kind, name)
+        tasks.append(TaskData(name, kind, None if task.chance is None else 100 * task.chance, queries, support))
     return tasks
