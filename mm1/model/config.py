@@ -1,8 +1,8 @@
-"""The typed settings of image encoders and connectors, and the arithmetic that can be checked before anything is loaded. No torch here.
+"""The typed settings of image encoders and connectors, and what can be checked of them before loading anything. No torch here.
 
-A YAML file of configs/image_encoder or configs/connector names its schema first (`/schema/connector/cabstractor@_here_`) and is then
-checked against the dataclass: unknown keys and wrong types are Hydra's to refuse, impossible numbers are refused by `validate` and
-`tokens`. `settings()` is what build_image_encoder and build_connector take, and what a checkpoint keeps.
+A YAML file of configs/image_encoder or configs/connector names its schema first (`/schema/connector/cabstractor@_here_`) and is
+then checked against the dataclass: unknown keys and wrong types are Hydra's to refuse, impossible numbers are refused by
+`validate` and `tokens`. `settings()` is what build_image_encoder and build_connector take, and what a checkpoint keeps.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class ImageEncoderConfig:
         if self.train not in TRAIN_MODES:
             raise UserError(f"image_encoder.train={self.train}: unknown. Take one of {', '.join(TRAIN_MODES)}.")
         if self.lr_scale <= 0:
-            raise UserError(f"image_encoder.lr_scale={self.lr_scale}: must be above 0. To keep the weights, image_encoder.train=frozen.")
+            raise UserError(
+                f"image_encoder.lr_scale={self.lr_scale}: must be above 0. To keep the weights, image_encoder.train=frozen."
+            )
         if self.depth is not None and self.depth < 1:
             raise UserError(f"image_encoder.depth={self.depth}: must be at least 1 block, or null for all.")
         for key in ("mean", "std"):
@@ -65,7 +67,7 @@ class ImageEncoderConfig:
 
 @dataclass
 class OpenClipConfig(ImageEncoderConfig):
-    """An open_clip tower: `architecture` is its name there, or local-dir:FOLDER; `weights` a tag, a file, or null for random ones."""
+    """An open_clip tower: `architecture` is its name there, or local-dir:FOLDER; `weights` a tag, a file, or null (random)."""
 
     kind: str = "open_clip"
     architecture: str = "???"
@@ -84,8 +86,8 @@ class TransformersConfig(ImageEncoderConfig):
         super().validate()
         if (self.path is None) == (self.config is None):
             raise UserError(
-                f"image_encoder.path={self.path}, image_encoder.config={self.config}: give exactly one of them, a folder or hub id, or "
-                "a configuration to start from scratch."
+                f"image_encoder.path={self.path}, image_encoder.config={self.config}: give exactly one of them, a folder or "
+                "hub id, or a configuration to start from scratch."
             )
 
 
@@ -188,8 +190,8 @@ class MLPConfig(ConnectorConfig):
         patches = grid[0] * grid[1]
         if self.num_tokens not in (None, patches):
             raise UserError(
-                f"connector.num_tokens={self.num_tokens}: the MLP connector keeps every patch, here {grid[0]} x {grid[1]} = {patches}. "
-                "Set connector.num_tokens=null, or take a connector that pools."
+                f"connector.num_tokens={self.num_tokens}: the MLP connector keeps every patch, here {grid[0]} x {grid[1]} "
+                f"= {patches}. Set connector.num_tokens=null, or take a connector that pools."
             )
         return patches
 
@@ -212,7 +214,11 @@ def _at_least(minimum: int, config: ConnectorConfig, *keys: str) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- schemas
 
-IMAGE_ENCODERS: dict[str, type[ImageEncoderConfig]] = {"open_clip": OpenClipConfig, "transformers": TransformersConfig, "timm": TimmConfig}
+IMAGE_ENCODERS: dict[str, type[ImageEncoderConfig]] = {
+    "open_clip": OpenClipConfig,
+    "transformers": TransformersConfig,
+    "timm": TimmConfig,
+}
 CONNECTORS: dict[str, type[ConnectorConfig]] = {
     "avgpool": AvgPoolConfig,
     "attnpool": AttnPoolConfig,

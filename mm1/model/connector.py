@@ -9,11 +9,11 @@
     MLPProjector        Linear, GELU, Linear; M = P                                                                  LLaVA-1.5
     PixelShuffle        r x r patches folded into one token's channels, LayerNorm, MLP                                InternVL
 
-Pooling is adaptive everywhere (cell i covers floor(i*in/out) to ceil((i+1)*in/out)), so that 16 patches a side pool to 12 as they do to 8.
-Nothing is done in place: the patches may be cached features.
+Pooling is adaptive everywhere (cell i covers floor(i*in/out) to ceil((i+1)*in/out)), so that 16 patches a side pool to 12 as
+they do to 8. Nothing is done in place: the patches may be cached features.
 
-Adding a connector: a subclass here (or in any importable module) that takes in_width, grid, out_width, num_tokens and its own settings by
-keyword; a dataclass in mm1/model/config.py; configs/connector/NAME.yaml; one line in tests/test_connector.py.
+Adding a connector: a subclass here (or in any importable module) that takes in_width, grid, out_width, num_tokens and its own
+settings by keyword; a dataclass in mm1/model/config.py; configs/connector/NAME.yaml; one line in tests/test_connector.py.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Connector(nn.Module, ABC):
         return self._flops
 
     def as_map(self, patches: torch.Tensor) -> torch.Tensor:
-        """(B, P, C) -> (B, C, h, w), a view. Contiguous patches are already channels_last, so that no convolution has to copy them."""
+        """(B, P, C) -> (B, C, h, w), a view. Contiguous patches are already channels_last, so convolutions need no copy."""
         return patches.transpose(1, 2).unflatten(2, self.grid)
 
     def pool(self, feature_map: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,8 @@ class AveragePooling(Connector):
 class AttentionPooling(Connector):
     """M latents query the patches once; a pre-norm MLP residual and a linear layer C -> D follow.
 
-    MM1 says no more than "k learnable queries"; this is the plainest reading. The latents start as a truncated normal of std C^-0.5.
+    MM1 says no more than "k learnable queries"; this is the plainest reading. The latents start as a truncated normal of std
+    C^-0.5.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ class AttentionPooling(Connector):
 
 
 class PerceiverResampler(Connector):
-    """Flamingo's resampler as OpenFlamingo builds it: keys and values are [patches; latents], no biases, a final LayerNorm; then C -> D.
+    """Flamingo's resampler as OpenFlamingo builds it: keys and values are [patches; latents], no biases, a final LayerNorm.
 
-    It adds no positions of its own: the patches must carry them.
+    A linear layer C -> D follows. It adds no positions of its own: the patches must carry them.
     """
 
     def __init__(
@@ -185,10 +186,10 @@ class ResamplerLayer(nn.Module):
 
 
 class CAbstractor(Connector):
-    """Honeybee's C-Abstractor: positions, `depth` RegNet blocks C -> hidden, adaptive average pool, `depth` more blocks, MLP readout.
+    """Honeybee's C-Abstractor: positions, `depth` RegNet blocks C -> hidden, adaptive average pool, `depth` more, MLP readout.
 
-    A block: 1x1 conv, LN, SiLU; 3x3 depthwise conv, LN, SiLU; squeeze-excite to a quarter of the block's input channels; 1x1 conv, LN; plus
-    the shortcut (1x1 conv + LN where channels differ); SiLU. depth 0 is pooling and the readout alone.
+    A block: 1x1 conv, LN, SiLU; 3x3 depthwise conv, LN, SiLU; squeeze-excite to a quarter of the block's input channels; 1x1
+    conv, LN; plus the shortcut (1x1 conv + LN where channels differ); SiLU. depth 0 is pooling and the readout alone.
     """
 
     def __init__(
@@ -207,7 +208,7 @@ class CAbstractor(Connector):
 
 
 def reg_stage(depth: int, in_width: int, out_width: int) -> nn.Module:
-    """`depth` RegNet bottlenecks of bottle ratio 1, group size 1 (depthwise) and SE ratio 0.25, with LayerNorm over channels and SiLU."""
+    """`depth` RegNet bottlenecks of bottle ratio 1, group size 1 (depthwise), SE ratio 0.25, LayerNorm over channels, SiLU."""
     if not depth:
         return nn.Identity()
     stage = RegStage(
@@ -232,8 +233,8 @@ class MLPProjector(Connector):
         patches = grid[0] * grid[1]
         if num_tokens not in (None, patches):
             raise UserError(
-                f"connector.num_tokens={num_tokens}: the MLP connector gives one token a patch, here {patches}. Leave it null, or take "
-                "connector=avgpool or another that pools."
+                f"connector.num_tokens={num_tokens}: the MLP connector gives one token a patch, here {patches}. Leave it null, "
+                "or take connector=avgpool or another that pools."
             )
         super().__init__(in_width=in_width, grid=grid, out_width=out_width, num_tokens=patches)
         self.mlp = nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
@@ -267,7 +268,7 @@ FROM_THE_MODEL = ("in_width", "grid", "out_width")
 
 
 def build_connector(settings: dict[str, Any], *, in_width: int, grid: tuple[int, int], out_width: int) -> Connector:
-    """Build the Connector that `settings["_target_"]` names ("package.module.Class"), with the other settings as keyword arguments.
+    """Build the Connector that `settings["_target_"]` names ("package.module.Class"); the other settings are its keywords.
 
     UserError if the class cannot be found or is no Connector, or if a setting is not one of its own.
     """

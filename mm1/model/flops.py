@@ -1,7 +1,7 @@
 """Forward FLOPs of a module, counted by torch's own FlopCounterMode on the meta device: exact shapes, no memory, no arithmetic.
 
-A multiply-add is 2 FLOPs. Matrix products, convolutions and attention are counted; element-wise work (norms, activations, pooling) is
-not, as is usual for model FLOPs utilisation.
+A multiply-add is 2 FLOPs. Matrix products, convolutions and attention are counted; element-wise work (norms, activations,
+pooling) is not, as is usual for model FLOPs utilisation.
 """
 
 from __future__ import annotations

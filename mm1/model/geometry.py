@@ -1,7 +1,7 @@
 """The arithmetic of patches and image tokens, without torch: a configuration is checked with it before anything is loaded.
 
-    an image of S x S pixels and a tower with a patch (or feature-map stride) of p pixels  ->  a grid of S/p x S/p patches
-    a connector with M image tokens lays them out as sqrt(M) x sqrt(M)                         (MM1, section 3.2)
+an image of S x S pixels and a tower with a patch (or feature-map stride) of p pixels  ->  a grid of S/p x S/p patches
+a connector with M image tokens lays them out as sqrt(M) x sqrt(M)                         (MM1, section 3.2)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def shuffle_factor(patches: tuple[int, int], num_tokens: int, key: str = "connec
     if height != width or height % side:
         fitting = ", ".join(str(s * s) for s in range(1, height + 1) if height % s == 0 and width % s == 0)
         raise UserError(
-            f"{key}={num_tokens}: pixel shuffle folds whole squares of patches, and a {height} x {width} grid does not divide into "
-            f"{side} x {side}. This grid allows {fitting}."
+            f"{key}={num_tokens}: pixel shuffle folds whole squares of patches, and a {height} x {width} grid does not divide "
+            f"into {side} x {side}. This grid allows {fitting}."
         )
     return height // side

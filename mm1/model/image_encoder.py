@@ -1,13 +1,15 @@
 """Image encoders: uint8 pixels (N, 3, H, H) -> the last hidden states of the patches (N, P, C), from any of three libraries.
 
-    open_clip       OpenClipEncoder       the visual tower of any CLIP there: ViT, ResNet, or a timm trunk (SigLIP, EVA, ConvNeXt, ...)
-    transformers    TransformersEncoder   CLIP, SigLIP, SigLIP 2, DINOv2, AIMv2, ViT, ... by folder, hub id or configuration
-    timm            TimmEncoder           plain ViTs and convolutional networks, whose feature map is read as a patch grid
+    open_clip       OpenClipEncoder       the visual tower of any CLIP there: ViT, ResNet, or a timm trunk (SigLIP, EVA,
+    ConvNeXt, ...) transformers    TransformersEncoder   CLIP, SigLIP, SigLIP 2, DINOv2, AIMv2, ViT, ... by folder, hub id or
+    configuration timm            TimmEncoder           plain ViTs and convolutional networks, whose feature map is read as a
+    patch grid
 
-The contract is the same for all: pixels are normalised inside with the tower's own mean and deviation; positions are interpolated to
-`image_size` when the tower is built; class and register tokens are dropped; patches come row-major, after the tower's final norm where
-it has one; whatever the patches do not need (pooling heads, projections, later blocks) is not kept, so that parameter counts are
-honest and every parameter gets a gradient. `settings()` is JSON and rebuilds the architecture without the original weight files.
+The contract is the same for all: pixels are normalised inside with the tower's own mean and deviation; positions are
+interpolated to `image_size` when the tower is built; class and register tokens are dropped; patches come row-major, after the
+tower's final norm where it has one; whatever the patches do not need (pooling heads, projections, later blocks) is not kept, so
+that parameter counts are honest and every parameter gets a gradient. `settings()` is JSON and rebuilds the architecture without
+the original weight files.
 
 Batch norm always runs on its stored statistics, in training too: with a few images of one document a step, batch statistics would
 differ between training and few-shot evaluation. Its scale and shift train. A convolutional tower without weights therefore starts
@@ -35,21 +37,22 @@ from data_pipelines.errors import UserError
 from mm1.model import geometry
 from mm1.model.flops import forward_flops, on_meta
 
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
 Normalisation = tuple[Sequence[float], Sequence[float]]
+
+CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class ImageEncoder(nn.Module, ABC):
     """Base of all image encoders: uint8 (N, 3, H, H) -> float (N, P, C) in the parameters' dtype.
 
-    Attributes: width (C), grid (rows, columns of patches), patch_size (pixels a patch, or the feature map's stride), image_size (H),
-    mean and std (buffers of 3, for pixels in [0, 1]).
+    Attributes: width (C), grid (rows, columns of patches), patch_size (pixels a patch, or the feature map's stride), image_size
+    (H), mean and std (buffers of 3, for pixels in [0, 1]).
     """
 
     kind: ClassVar[str]
+    tower: Any
     width: int
     grid: tuple[int, int]
     mean: torch.Tensor
@@ -104,10 +107,10 @@ class ImageEncoder(nn.Module, ABC):
         return self
 
     def _finish(self, patch_size: int, normalisation: Normalisation) -> None:
-        """To be called last by a subclass's constructor: checks the geometry, measures the width, refuses parameters without use."""
+        """A subclass's constructor calls this last: it checks the geometry, measures the width, refuses unused parameters."""
         if self._expected_patch not in (None, patch_size):
             raise UserError(
-                f"image_encoder.patch_size={self._expected_patch}: this tower's patches are {patch_size} pixels. Set it to {patch_size}."
+                f"image_encoder.patch_size={self._expected_patch}: this tower's patches are {patch_size} pixels. Set it so."
             )
         self.patch_size = patch_size
         self.grid = geometry.grid(self.image_size, patch_size)
@@ -143,7 +146,7 @@ class ImageEncoder(nn.Module, ABC):
             )
 
 
-def _square_map_to_patches(feature_map: torch.Tensor) -> torch.Tensor:
+def _map_to_patches(feature_map: torch.Tensor) -> torch.Tensor:
     """(N, C, h, w) -> (N, h*w, C), row-major."""
     return feature_map.flatten(2).transpose(1, 2)
 
@@ -178,10 +181,9 @@ class OpenClipEncoder(ImageEncoder):
     """The visual tower of an open_clip model.
 
     architecture   an open_clip name ("ViT-L-14-336-quickgelu"), "local-dir:FOLDER", or the model configuration itself
-    weights        a pretrained tag ("openai"; fetched by open_clip), a file (.safetensors, or a torch file of tensors only), or None
-    image_size     pixels a side; positions are interpolated as open_clip does (bicubic, antialiased)
-    depth          keep only this many blocks (ViT); None: all
-    mean, std      instead of the ones that belong to the tag or architecture
+    weights        a pretrained tag ("openai"; fetched by open_clip), a file (.safetensors, or a torch file of tensors only), or
+    None image_size     pixels a side; positions are interpolated as open_clip does (bicubic, antialiased) depth          keep
+    only this many blocks (ViT); None: all mean, std      instead of the ones that belong to the tag or architecture
     """
 
     kind = "open_clip"
@@ -208,7 +210,8 @@ class OpenClipEncoder(ImageEncoder):
             )
         self.architecture = {
             "embed_dim": config["embed_dim"],
-            "vision_cfg": dict(config["vision_cfg"]) | {"image_size": image_size, "timm_model_pretrained": False, "patch_dropout": 0.0},
+            "vision_cfg": dict(config["vision_cfg"])
+            | {"image_size": image_size, "timm_model_pretrained": False, "patch_dropout": 0.0},
             "quick_gelu": bool(config.get("quick_gelu", False)),
         }
         if weights is None and not str(architecture).startswith("local-dir:"):
@@ -225,14 +228,14 @@ class OpenClipEncoder(ImageEncoder):
 
         return _build_vision_tower(**self.architecture)
 
-    def _keep(self, visual: nn.Module) -> int:
+    def _keep(self, visual: Any) -> int:
         """Keep what the patches need; returns the patch size. The three kinds of tower differ in what that is."""
         self.form = type(visual).__name__
         if self.form == "VisionTransformer":
             if visual.attn_pool is not None:
                 raise UserError(
-                    "image_encoder.architecture: this open_clip tower (CoCa) pools with attention before its norm; its patches are "
-                    "not normalised by anything it was trained with. Take the plain CLIP of the same size."
+                    "image_encoder.architecture: this open_clip tower (CoCa) pools with attention before its norm; its patches "
+                    "are not normalised by anything it was trained with. Take the plain CLIP of the same size."
                 )
             blocks = visual.transformer.resblocks
             if self.depth is not None:
@@ -258,7 +261,7 @@ class OpenClipEncoder(ImageEncoder):
             return tower.ln_post(tower.transformer(tower._embeds(pixels)))[:, 1:]
         if self.form == "TimmModel":
             return _timm_patches(tower, pixels, self.stage)
-        return _square_map_to_patches(tower(pixels))
+        return _map_to_patches(tower(pixels))
 
     def gradient_checkpointing(self, enable: bool = True) -> None:
         self.tower.set_grad_checkpointing(enable)
@@ -285,8 +288,8 @@ def _load_open_clip(architecture: str, weights: str | None, image_size: int, giv
         )
     except (OSError, RuntimeError, KeyError) as error:
         raise UserError(
-            f"image_encoder.weights={weights}: open_clip could not load it for {architecture} ({str(error)[:300]}). With a network, tags "
-            "are downloaded; without one give the path of a file, or take image_encoder=vit_tiny, which needs none."
+            f"image_encoder.weights={weights}: open_clip could not load it for {architecture} ({str(error)[:300]}). With a "
+            "network, tags are downloaded; without one give the path of a file, or take image_encoder=vit_tiny, which needs none."
         ) from error
     if file is None or not Path(file).is_file():
         preprocess = open_clip.get_model_preprocess_cfg(model)
@@ -295,7 +298,7 @@ def _load_open_clip(architecture: str, weights: str | None, image_size: int, giv
 
 
 def _open_clip_normalisation(architecture: str | dict[str, Any], strict: bool) -> Normalisation:
-    """The normalisation shared by every pretrained tag of the architecture. Where they differ, a file does not tell which is its own."""
+    """The normalisation shared by all pretrained tags of the architecture. Where they differ, a file does not tell its own."""
     import open_clip
 
     if not isinstance(architecture, str):
@@ -308,8 +311,8 @@ def _open_clip_normalisation(architecture: str | dict[str, Any], strict: bool) -
     if strict and len(found) > 1:
         lines = "; ".join(f"{', '.join(names)}: mean {list(mean)}, std {list(std)}" for (mean, std), names in found.items())
         raise UserError(
-            f"image_encoder.mean=null: {architecture} was trained with different normalisations, and a weights file does not say which. "
-            f"Set image_encoder.mean and image_encoder.std. {lines}."
+            f"image_encoder.mean=null: {architecture} was trained with different normalisations, and a weights file does not say "
+            f"which. Set image_encoder.mean and image_encoder.std. {lines}."
         )
     return next(iter(found)) if len(found) == 1 else CLIP
 
@@ -362,7 +365,9 @@ class TransformersEncoder(ImageEncoder):
         from transformers import AutoConfig, AutoModel
 
         if (path is None) == (config is None):
-            raise UserError("image_encoder.path, image_encoder.config: give exactly one of them (a folder or hub id, or a configuration).")
+            raise UserError(
+                "image_encoder.path, image_encoder.config: give exactly one of them (a folder or hub id, or a configuration)."
+            )
         if path is not None:
             native = _hf_config(path)
             own = _hf_normalisation(path, native.model_type)
@@ -377,8 +382,8 @@ class TransformersEncoder(ImageEncoder):
             own = NORMALISATION_OF.get(native.model_type)
         if own is None and not (mean and std):
             raise UserError(
-                f"image_encoder.mean=null: the normalisation of a {native.model_type} is not known here. Set image_encoder.mean and "
-                "image_encoder.std, or put its preprocessor_config.json beside the weights."
+                f"image_encoder.mean=null: the normalisation of a {native.model_type} is not known here. Set image_encoder.mean "
+                "and image_encoder.std, or put its preprocessor_config.json beside the weights."
             )
         for key, value in HEADLESS.items():
             if hasattr(native, key):
@@ -400,14 +405,12 @@ class TransformersEncoder(ImageEncoder):
         if self.form == "siglip2_vision_model":
             return self._siglip2_patches(pixels)
         hidden = self.tower(pixel_values=pixels).last_hidden_state
-        if hidden.ndim == 4:
-            return _square_map_to_patches(hidden)
         if self.form == "clip_vision_model":  # the one family whose last_hidden_state lacks the final norm
             hidden = self.tower.post_layernorm(hidden)
         return hidden[:, hidden.shape[1] - self.num_patches :]
 
     def _siglip2_patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        """SigLIP 2 takes ragged lists of patches; with one square size, its masks and per-image position tables are only overhead."""
+        """SigLIP 2 takes ragged lists of patches; with one square size, its masks and per-image positions are only overhead."""
         p, tower = self.patch_size, self.tower
         cells = pixels.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         hidden = tower.embeddings.patch_embedding(cells) + tower.embeddings.position_embedding.weight
@@ -421,7 +424,11 @@ class TransformersEncoder(ImageEncoder):
 
     def settings(self) -> dict[str, Any]:
         # depth is already in the configuration
-        return {"kind": self.kind, "path": None, "config": json.loads(json.dumps(self.config, default=str))} | _common(self) | {"depth": None}
+        return (
+            {"kind": self.kind, "path": None, "config": json.loads(json.dumps(self.config, default=str))}
+            | _common(self)
+            | {"depth": None}
+        )
 
 
 def _hf_config(path: str) -> Any:
@@ -432,8 +439,8 @@ def _hf_config(path: str) -> Any:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"image_encoder.path={path}: no transformers configuration there ({str(error).splitlines()[0][:200]}). Give a folder with "
-            "config.json, or a hub id while there is a network; image_encoder=vit_tiny needs neither."
+            f"image_encoder.path={path}: no transformers configuration there ({str(error).splitlines()[0][:200]}). Give a folder "
+            "with config.json, or a hub id while there is a network; image_encoder=vit_tiny needs neither."
         ) from error
     return getattr(config, "vision_config", config)
 
@@ -489,14 +496,14 @@ def _hf_state(path: str, native: Any) -> dict[str, torch.Tensor]:
     state = model.state_dict()
     if missing := sorted(set(report["missing_keys"]) & set(state)):
         raise UserError(
-            f"image_encoder.path={path}: {len(missing)} weights of a {native.model_type} are not in it ({', '.join(missing[:3])}, ...). "
-            "The folder's config.json and its weights belong to different models."
+            f"image_encoder.path={path}: {len(missing)} weights of a {native.model_type} are not in it ("
+            f"{', '.join(missing[:3])}, ...). The folder's config.json and its weights belong to different models."
         )
     return state
 
 
 def _resize_positions(state: dict[str, torch.Tensor], tower: nn.Module, path: str) -> dict[str, torch.Tensor]:
-    """Bring every position table of `state` to the tower's shape: (T, C) or (1, T, C), leading rows that are no patch kept as they are."""
+    """Bring every position table of `state` to the tower's shape, (T, C) or (1, T, C); leading rows that are no patch stay."""
     wanted = tower.state_dict()
     out = {}
     for name, tensor in state.items():
@@ -520,7 +527,9 @@ def resize_position_table(table: torch.Tensor, length: int) -> torch.Tensor:
             square = table[prefix:].T.reshape(1, -1, isqrt(old), isqrt(old))
             resized = F.interpolate(square, (isqrt(new), isqrt(new)), mode="bicubic", antialias=True, align_corners=False)
             return torch.cat([table[:prefix], resized.flatten(2)[0].T])
-    raise UserError(f"image_encoder.image_size: a position table of {len(table)} cannot be resized to {length}; neither is a square grid.")
+    raise UserError(
+        f"image_encoder.image_size: a position table of {len(table)} cannot be resized to {length}; neither is a square grid."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- timm
@@ -530,7 +539,8 @@ class TimmEncoder(ImageEncoder):
     """A timm model: the patch tokens of a ViT, or a stage's feature map of a convolutional network.
 
     architecture   a timm name ("tf_efficientnet_lite0", "vit_small_patch14_dinov2")
-    weights        a file (.safetensors, or a torch file of tensors only), package:NAME (see pretrained.py), "hub" (timm downloads its
+    weights        a file (.safetensors, or a torch file of tensors only), package:NAME (see pretrained.py), "hub" (timm
+    downloads its
                    default weights; the only way this class reaches a network), or None
     patch_size     for a convolutional network the stride that picks the stage, its deepest of that stride; None: the last stage
     depth          keep only this many blocks (ViT); None: all
@@ -568,9 +578,13 @@ class TimmEncoder(ImageEncoder):
 
         if not timm.is_model(self.architecture):
             near = ", ".join(timm.list_models(f"*{self.architecture.split('_')[0]}*")[:6])
-            raise UserError(f"image_encoder.architecture={self.architecture}: timm has no such model. It has {near or 'others'}, ...")
+            raise UserError(
+                f"image_encoder.architecture={self.architecture}: timm has no such model. It has {near or 'others'}, ..."
+            )
         try:
-            return timm.create_model(self.architecture, pretrained=pretrained, img_size=self.image_size, num_classes=0, **self.options)
+            return timm.create_model(
+                self.architecture, pretrained=pretrained, img_size=self.image_size, num_classes=0, **self.options
+            )
         except TypeError as error:
             if "img_size" not in str(error):
                 raise UserError(f"image_encoder.options={self.options}: {error}.") from error
@@ -590,13 +604,15 @@ class TimmEncoder(ImageEncoder):
 
 
 def _load_timm(tower: nn.Module, architecture: str, weights: str) -> None:
-    """Load a file into the tower, through the architecture's own name and position conversions; UserError if a weight is missing."""
+    """Load a file into the tower, by the architecture's own conversion of names and positions. UserError if one is missing."""
     import timm
     from timm.models import load_state_dict
 
     path = _weights_path(weights)
     if not Path(path).is_file():
-        raise UserError(f"image_encoder.weights={weights}: no such file. Give a file, package:NAME, hub, or null for random weights.")
+        raise UserError(
+            f"image_encoder.weights={weights}: no such file. Give a file, package:NAME, hub, or null for random weights."
+        )
     state = load_state_dict(path, weights_only=True)
     convert = getattr(sys.modules[timm.model_entrypoint(architecture).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
@@ -607,12 +623,13 @@ def _load_timm(tower: nn.Module, architecture: str, weights: str) -> None:
         raise UserError(f"image_encoder.weights={weights}: does not fit {architecture}: {str(error)[:300]}") from error
     if missing:
         raise UserError(
-            f"image_encoder.weights={weights}: {len(missing)} weights of {architecture} are not in it ({', '.join(missing[:3])}, ...)."
+            f"image_encoder.weights={weights}: {len(missing)} weights of {architecture} are not in it "
+            f"({', '.join(missing[:3])}, ...)."
         )
 
 
 def _strip_timm(trunk: Any, depth: int | None, stride: int | None) -> tuple[int, int | None]:
-    """Cut a timm model down to what gives the patches. Returns (patch size, stage); stage None: a ViT, all of whose tokens count."""
+    """Cut a timm model down to what gives the patches. Returns (patch size, stage); stage None: a ViT, whose tokens count."""
     if hasattr(trunk, "num_prefix_tokens"):
         if depth is not None:
             _check_depth(depth, len(trunk.blocks))
@@ -633,7 +650,7 @@ def _strip_timm(trunk: Any, depth: int | None, stride: int | None) -> tuple[int,
 def _timm_patches(trunk: Any, pixels: torch.Tensor, stage: int | None) -> torch.Tensor:
     if stage is None:
         return trunk.forward_features(pixels)[:, trunk.num_prefix_tokens :]
-    return _square_map_to_patches(trunk.forward_intermediates(pixels, indices=[stage], norm=False, intermediates_only=True)[0])
+    return _map_to_patches(trunk.forward_intermediates(pixels, indices=[stage], norm=False, intermediates_only=True)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------- build

@@ -1,12 +1,14 @@
 """Real weights that packages carry, for machines that reach a package registry but no model hub: `weights: package:NAME`.
 
     efficientnet_lite0, efficientnet_lite2   ImageNet-supervised, from TensorFlow; timm's tf_efficientnet_lite0 and 2
-    dinov2_s14_focus                         a DINOv2 ViT-S/14 (position grid 37 x 37), fine-tuned for saliency by its package, out of an
-                                             ONNX file; timm's vit_small_patch14_dinov2. The last blocks serve the saliency decoder:
-                                             depth 8 gives the useful features
+    dinov2_s14_focus                         a DINOv2 ViT-S/14 (position grid 37 x 37), fine-tuned for saliency by its package,
+    out of an
+                                             ONNX file; timm's vit_small_patch14_dinov2. The last blocks serve the saliency
+                                             decoder: depth 8 gives the useful features
 
-A package is fetched once, pinned by hash, converted to timm's names, and kept as weights/NAME.safetensors under the suite's home, with
-where it came from in the file's metadata. ONNX needs no dependency: weights are protobuf fields, and fifteen lines read those.
+A package is fetched once, pinned by hash, converted to timm's names, and kept as weights/NAME.safetensors under the suite's
+home, with where it came from in the file's metadata. ONNX needs no dependency: weights are protobuf fields, and fifteen lines
+read those.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ def dinov2(content: bytes, architecture: str) -> Weights:
 
 
 def onnx_graph(content: bytes) -> tuple[Weights, dict[str, list[str]]]:
-    """The float tensors of an ONNX file by name, and each node's inputs by the node's name. (onnx.proto3: ModelProto, GraphProto.)"""
+    """An ONNX file's float tensors by name, and each node's inputs by the node's name (onnx.proto3: ModelProto, GraphProto)."""
     graph = next(value for number, value in _protobuf(memoryview(content)) if number == 7)
     tensors: Weights = {}
     nodes: dict[str, list[str]] = {}
