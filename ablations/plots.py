@@ -4,8 +4,9 @@
     Table (table.py) ---------------> score_bars      the mean over tasks and each task, with 95 % intervals; PNG and SVG
     results + the corpus's images --> samples         the *first n items of the plan*, good and bad alike: nothing is picked; PNG
 
-Smoothing is a running mean over a window centred on each step, narrower towards both ends so that it stays centred: a trailing
-mean would draw a falling loss too high. Colours are distinguishable with colour-blind eyes (after Okabe and Ito).
+Smoothing fits a straight line to the neighbours of each step and takes its value there: a trailing mean would draw a falling loss
+too high, a window that narrows at the end would show its noise. The colours are told apart by colour-blind eyes too (after Okabe
+and Ito).
 """
 
 from __future__ import annotations
@@ -90,10 +91,14 @@ def _save(figure: Figure, path: Path, *suffixes: str) -> list[Path]:
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """(n,) centred running mean over at most `window` values; window 1 changes nothing, a straight line stays what it is."""
-    total, position = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
-    half = np.minimum(max(0, window - 1) // 2, np.minimum(position, len(values) - 1 - position))
-    return (total[position + half + 1] - total[position - half]) / (2 * half + 1)
+    """(n,) local straight-line fits over at most `window` neighbours; window 1 changes nothing, a straight line stays itself."""
+    y, half = np.asarray(values, dtype=np.float64), max(0, window - 1) // 2
+    out = y.copy()
+    for i in range(len(y)) if half else ():
+        near = y[max(0, i - half) : i + half + 1]
+        x = np.arange(len(near)) - (len(near) - 1) / 2
+        out[i] = near.mean() + (x @ near) / max(float(x @ x), 1e-9) * x[min(i, half)]
+    return out
 
 
 def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool = False) -> list[Path]:
@@ -164,10 +169,15 @@ def score_bars(table: Table, path: Path) -> list[Path]:
     chance, hatched bars are controls. Writes PATH.png and PATH.svg and returns them."""
     with style() as plt:
         width = max(2.6, 0.8 + 0.25 * len(table.blocks[0].rows) * len(table.shots))
-        figure, panels = plt.subplots(1, len(table.blocks), figsize=(width * len(table.blocks) + 0.4, 3.3), squeeze=False)
-        for panel, block in zip(panels[0], table.blocks, strict=True):
+        columns = min(len(table.blocks), max(1, round(11 / width)))
+        rows = -(-len(table.blocks) // columns)
+        figure, panels = plt.subplots(rows, columns, figsize=(width * columns + 0.4, 3.1 * rows), squeeze=False)
+        for panel in panels.flat[len(table.blocks) :]:
+            panel.remove()
+        for panel, block in zip(panels.flat, table.blocks, strict=False):
             _bars(panel, block, table.shots)
-        panels[0][0].set_ylabel("points, 95 % interval")
+        for panel in panels[:, 0]:
+            panel.set_ylabel("points, 95 % interval")
         _legend(figure, panels[0][0], len(table.blocks[0].rows))
         return _save(figure, path, ".png", ".svg")
 
@@ -183,7 +193,7 @@ def _bars(panel: Axes, block: Block, shots: Sequence[int]) -> None:
             [s.mean for s in scores],
             step * 0.88,
             yerr=[0.0 if np.isnan(s.se) else t_quantile(0.975, s.df) * s.se for s in scores],
-            label=f"{row.label}, {row.control}" if row.control else row.label,
+            label=f"{row.label}, images {row.control}" if row.control else row.label,
             color="white" if row.control else colour,
             edgecolor=colour,
             hatch="////" if row.control else None,
@@ -271,9 +281,9 @@ def _text(example: Any, lines: dict[int, dict[str, dict[str, Any]]], kind: str) 
     found.append((wrap(f"truth: {example.shown_answer}"), INK))
     for k, by_id in lines.items():
         line = by_id[example.id]
-        said = verdict(str(line["prediction"]), example.references, float(line["score"]), kind)
+        said = verdict(str(line.get("prediction", "")), example.references, float(line["score"]), kind)
         mark, colour = {"right": ("✓", RIGHT), "partly": ("≈", PARTLY), "wrong": ("✗", WRONG)}[said]
-        found.append((wrap(f"{mark} {k}-shot: {line['prediction'] or '(nothing)'}"), colour))
+        found.append((wrap(f"{mark} {k}-shot: {line.get('prediction') or '(nothing)'}"), colour))
     return found
 
 

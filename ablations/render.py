@@ -51,7 +51,7 @@ def _scores(block: Block, shots: Sequence[int], *, many_seeds: bool) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"↳ {row.control}" if row.control else row.label + ("" if row.matched else " ≠")
+    return f"↳ images {row.control}" if row.control else row.label + ("" if row.matched else " ≠")
 
 
 def _value(cell: Cell) -> str:

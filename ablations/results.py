@@ -62,6 +62,12 @@ class Evaluation:
     control: str | None
     seed: int
     tasks: dict[str, TaskSummary]
+    settings: str = ""
+
+    @property
+    def protocol(self) -> str:
+        """What two evaluations must share to be compared: the plan, metrics, prompts and number format."""
+        return " ".join([self.plan[:16], self.settings]).strip()
 
     @property
     def hash(self) -> str:
@@ -240,6 +246,7 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
             plan=raw["plan_fingerprint"],
             control=raw["control"],
             seed=int(raw["seed"]),
+            settings=_settings(raw),
             tasks={
                 name: TaskSummary(
                     metric=task["metric"],
@@ -257,6 +264,12 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
+
+
+def _settings(raw: dict[str, Any]) -> str:
+    """The decoding settings that a summary names, in words: `captions cider_d plain, colours vqa_official plain, float32`."""
+    tasks = [" ".join(filter(None, [name, task["metric"], task.get("prompts")])) for name, task in sorted(raw["tasks"].items())]
+    return "(" + ", ".join([*tasks, raw.get("dtype") or "any dtype"]) + ")"
 
 
 # -------------------------------------------------------------------------------------------------------------- finding

@@ -86,18 +86,19 @@ def _one_corpus(runs: Sequence[Run]) -> None:
 
 def _one_plan(runs: Sequence[Run], evaluation: str | None) -> str:
     """The plan on which every run was evaluated."""
-    held = {run.label: {e.plan for e in _plain(run, evaluation)} for run in runs}
+    held = {run.label: {e.protocol for e in _plain(run, evaluation)} for run in runs}
     common = set.intersection(*held.values())
     if len(common) == 1:
         return common.pop()
-    listed = "\n".join(f"  {label}: plan {', '.join(sorted(p[:8] for p in plans))}" for label, plans in held.items())
+    listed = "\n".join(f"  {label}: plan {'; '.join(sorted(plans))}" for label, plans in held.items())
     if common:
-        raise UserError(f"runs: they share several plans; choose one with evaluation={min(common)[:8]} or another:\n{listed}")
+        which = f"evaluation={min(common)[:8]}, another, or the name of a folder under results/"
+        raise UserError(f"runs: they share several plans; choose one with {which}:\n{listed}")
     most = Counter(plan for plans in held.values() for plan in plans).most_common(1)[0][0]
     again = "\n".join(f"  python -m eval.fewshot run={label}" for label, plans in held.items() if most not in plans)
     raise UserError(
         f"runs: these were evaluated on different plans, so their items cannot be paired:\n{listed}\n"
-        f"Evaluate with the tasks, shots, items and seed of plan {most[:8]}:\n{again}"
+        f"Evaluate with the tasks, shots, items, settings and seed of plan {most}:\n{again}"
     )
 
 
@@ -108,7 +109,7 @@ def _largest_group(evaluation: str | None, required: set[Path], root: Path | Non
     runs = [read_run(folder) for folder in run_folders(root)]
     for run in runs:
         for e in _plain(run, evaluation) if run.status == "finished" else []:
-            key = (run.scale, run.corpus_fingerprint, e.plan)
+            key = (run.scale, run.corpus_fingerprint, e.protocol)
             if run not in groups.setdefault(key, []):
                 groups[key].append(run)
             latest[key] = max(latest.get(key, 0.0), (e.folder / "summary.json").stat().st_mtime)
@@ -146,7 +147,7 @@ def _variants(runs: Sequence[Run], plan: str, evaluation: str | None) -> list[Va
         members.sort(key=lambda run: run.seed)
         label = members[0].name if names[members[0].name] == 1 else members[0].label
         variant = Variant(label, members, [_only(run, plan, None, evaluation) for run in members])
-        kinds = [{e.control for e in run.evaluations if e.control is not None and e.plan == plan} for run in members]
+        kinds = [{e.control for e in run.evaluations if e.control is not None and e.protocol == plan} for run in members]
         for kind in sorted(set.intersection(*kinds)):
             variant.controls[kind] = [_only(run, plan, kind, None) for run in members]
         variants.append(variant)
@@ -156,11 +157,11 @@ def _variants(runs: Sequence[Run], plan: str, evaluation: str | None) -> list[Va
 def _only(run: Run, plan: str, control: str | None, evaluation: str | None) -> Evaluation:
     """The run's one evaluation of this plan and control; two (say, with other decoding) are refused, not chosen between."""
     held = _plain(run, evaluation) if control is None else [e for e in run.evaluations if e.control == control]
-    held = [e for e in held if e.plan == plan]
+    held = [e for e in held if e.protocol == plan]
     if len(held) > 1:
         listed = ", ".join(e.hash for e in held)
         raise UserError(
-            f"{run.label} has several evaluations{f' with {control} images' if control else ''} of plan {plan[:8]}: {listed}. "
+            f"{run.label} has several evaluations{f' with {control} images' if control else ''} of plan {plan}: {listed}. "
             f"Choose one with evaluation={held[0].hash}, or move the others out of {run.folder / 'results'}."
         )
     return held[0]

@@ -301,7 +301,7 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
         sizes.append(
             f"{name} {n} items on {clusters} images" + (f", chance {task.chance:.1f}" if task.chance is not None else "")
         )
-    notes.append(f"Sample: {'; '.join(sizes)}. Demonstration seed {first.seed}, plan {table.plan[:8]}, corpus {table.corpus}.")
+    notes.append(f"Sample: {'; '.join(sizes)}. Demonstration seed {first.seed}, plan {table.plan}, corpus {table.corpus}.")
     for block in table.blocks[:1]:
         if block.detectable:
             parts = [
@@ -312,8 +312,8 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
             notes.append(f"Smallest detectable difference of {what} (power 0.8, α 0.05, before Holm): {'; '.join(parts)}.")
     if kinds:
         notes.append(
-            f"Controls ({', '.join(kinds)}): the same questions with other images. Their Δ is to the run above them, in a Holm "
-            "family of their own; what they keep of the score is owed to text alone."
+            f"Controls ({', '.join(kinds)}): the same questions with other images, or with none. Their Δ is to the run "
+            "above them, in a Holm family of their own; what they keep of the score is owed to text alone."
         )
     for r in table.resources:
         if r.mismatches:

@@ -209,7 +209,7 @@ def test_a_control_stands_under_its_run_and_is_compared_with_it(two: Folders) ->
     alone = [c.p_holm for c in row(table, None, "avgpool").cells.values()]
     (two.root / "avgpool-bbbb0000" / "results" / "e-feed0001-shuffled" / "summary.json").unlink()
     assert alone == [c.p_holm for c in row(table_of(two), None, "avgpool").cells.values()], "controls do not widen the family"
-    assert "↳ shuffled" in render_markdown(table)
+    assert "↳ images shuffled" in render_markdown(table)
 
 
 def test_other_plans_are_refused_and_named(two: Folders) -> None:
@@ -223,12 +223,23 @@ def test_other_plans_are_refused_and_named(two: Folders) -> None:
     assert found.left_out == ["c_abs-cccc0000 (another plan)"]
 
 
+def test_the_same_items_under_other_prompts_are_no_comparison(two: Folders) -> None:
+    for name, prompts in (("base-aaaa0000", "plain"), ("avgpool-bbbb0000", "photo")):
+        path = two.root / name / "results/e-feed0001-None/summary.json"
+        summary = json.loads(path.read_text()) | {"dtype": "float32"}
+        for task in summary["tasks"].values():
+            task["prompts"] = prompts
+        path.write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"different plans(.|\n)*cider_d photo"):
+        table_of(two, "base", "avgpool")
+
+
 def test_several_common_plans_want_a_choice(two: Folders) -> None:
     for name in ("base-aaaa0000", "avgpool-bbbb0000"):
         two.evaluation(two.root / name, answers(1), plan="dead0002")
     with pytest.raises(UserError, match="evaluation="):
         table_of(two, "base", "avgpool")
-    assert table_of(two, "base", "avgpool", evaluation="dead").plan == "dead0002"
+    assert table_of(two, "base", "avgpool", evaluation="dead").plan.startswith("dead0002 ")
 
 
 def test_two_evaluations_of_one_plan_are_not_chosen_between(two: Folders) -> None:
