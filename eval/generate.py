@@ -80,16 +80,22 @@ class ImageFeatures:
         self.model, self.device, self.budget = model, device, budget
         self.encoded = 0
         """Images encoded so far; equals the distinct ones unless the budget is too small for them."""
-        self._data: list[tuple[bytes, str]] = []
         self._number: dict[bytes, int] = {}
+        self._group_of: list[int] = []
+        self._groups: list[list[tuple[int, bytes, str]]] = []
+        self._sealed = 0
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     def register(self, image: bytes, name: str = "image") -> int:
         """Give an image its place in the fixed order; the same bytes keep the place they have."""
         digest = hashlib.blake2b(image, digest_size=16).digest()
         if digest not in self._number:
-            self._number[digest] = len(self._data)
-            self._data.append((image, name))
+            number = self._number[digest] = len(self._group_of)
+            # A group that was encoded is closed: what comes later must not make it a different one.
+            if len(self._groups) == self._sealed or len(self._groups[-1]) == IMAGE_GROUP:
+                self._groups.append([])
+            self._groups[-1].append((number, image, name))
+            self._group_of.append(len(self._groups) - 1)
         return self._number[digest]
 
     def get(self, images: Sequence[bytes]) -> torch.Tensor | None:
@@ -98,19 +104,20 @@ class ImageFeatures:
 
         if not images:
             return None
-        return torch.stack([self._one(self.register(image)) for image in images])
+        return torch.stack([self._one(number) for number in [self.register(image) for image in images]])
 
     def _one(self, number: int) -> torch.Tensor:
         import torch
 
         if number not in self._kept:
-            first = number // IMAGE_GROUP * IMAGE_GROUP
-            group = self._data[first : first + IMAGE_GROUP]
-            pixels = torch.stack([decode_image(data, self.model.config.image_size, name=name) for data, name in group])
+            place = self._group_of[number]
+            self._sealed = max(self._sealed, place + 1)
+            group = self._groups[place]
+            size = self.model.config.image_size
+            pixels = torch.stack([decode_image(data, size, name=name) for _, data, name in group])
             features = self.model.encode_images(pixels.to(self.device))
             self.encoded += len(group)
-            for offset, feature in enumerate(features):
-                self._kept[first + offset] = feature.clone()
+            self._kept |= {member: feature.clone() for (member, _, _), feature in zip(group, features, strict=True)}
             most = max(IMAGE_GROUP, self.budget // (features[0].numel() * features.element_size()))
             while len(self._kept) > most:
                 self._kept.popitem(last=False)
@@ -198,10 +205,11 @@ class Generator:
 
     def _logprobs(self, logits: torch.Tensor) -> torch.Tensor:
         """(..., V) -> float32 log-probabilities; what the tokeniser cannot say, and image and padding marks, are impossible."""
-        logits = logits.float()
-        logits[..., self._never] = float("-inf")
-        logits[..., self._vocabulary :] = float("-inf")
-        return logits.log_softmax(-1)
+        import torch
+
+        ids = torch.arange(logits.shape[-1], device=logits.device)
+        impossible = (ids >= self._vocabulary) | torch.isin(ids, torch.tensor(self._never, device=logits.device))
+        return logits.float().masked_fill(impossible, float("-inf")).log_softmax(-1)
 
     def _compare(
         self, options: list[tuple[str, ...]], logprobs: torch.Tensor, mask: torch.Tensor, cache: Any
