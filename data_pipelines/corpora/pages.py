@@ -146,7 +146,7 @@ def naming_pages(pictures: Sequence[Picture], names: Sequence[str], seed: int, c
 
 
 def by_concept(pictures: Sequence[Picture], styles: int = 2) -> list[list[Picture]]:
-    """Pictures grouped by concept, in a fixed order; concepts drawn in fewer than `styles` styles, and flags and food, are left out.
+    """Emoji grouped by concept, in a fixed order; concepts drawn in fewer than `styles` styles are left out.
 
     One picture a style and concept, so that all show the same person in the same skin tone.
     """

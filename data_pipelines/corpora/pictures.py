@@ -1,7 +1,7 @@
 """Picture: one drawing or photograph of a known concept, and how a whole collection of them is rendered and compared.
 
-Every source (emoji styles, flags, food) describes its pictures as Picture before anything is decoded; `render_all` then turns the
-archives' bytes into WebP of one size, on several processes, and takes of each a small thumbnail by which near-duplicates are found.
+Every source (emoji styles, flags, food) describes its pictures as Picture before anything is decoded; `render_all` then turns
+the archives' bytes into WebP of one size, on several processes, and takes of each a small thumbnail that tells near-duplicates.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Picture:
 
 
 def render(source: bytes, size: int, quality: int) -> tuple[bytes, bytes, dict[str, float]] | None:
-    """Encoded picture -> (WebP, thumbnail, colour shares): the whole picture, centred on a white square. None if it is no picture."""
+    """Encoded picture -> (WebP, thumbnail, colour shares): all of it, centred on a white square. None if it is no picture."""
     import resvg_py
     from PIL import Image, UnidentifiedImageError
 
@@ -77,7 +77,7 @@ def render(source: bytes, size: int, quality: int) -> tuple[bytes, bytes, dict[s
 
 
 def colour_shares(picture: Any) -> dict[str, float]:
-    """Share of each basic colour among the pixels that are not white background; clear cases only, in-between hues count for none."""
+    """Share of each basic colour among the pixels that are not white background; hues in between count for none."""
     import numpy
 
     hsv = numpy.asarray(picture.convert("HSV"), dtype=numpy.int32).reshape(-1, 3)
@@ -97,7 +97,7 @@ def colour_shares(picture: Any) -> dict[str, float]:
 
 
 def render_all(pictures: Sequence[Picture], size: int, quality: int, processes: int) -> list[Picture]:
-    """Fill in image, thumbnail and colours; pictures that cannot be rendered are left out. Order is kept, whatever `processes` is."""
+    """Fill in image, thumbnail and colours; pictures that cannot be rendered are left out. The order is kept."""
     from tqdm import tqdm
 
     work = partial(render, size=size, quality=quality)
@@ -165,7 +165,7 @@ def assign_splits(pictures: Sequence[Picture], seed: int, new: float, known: flo
 
 
 def drop_near_duplicates(pictures: Sequence[Picture]) -> int:
-    """Take out of TRAIN every picture that looks like a held-out one (another concept's twin: a flag that is also another country's).
+    """Take out of TRAIN every picture that looks like a held-out one (a flag that is also another country's, say).
 
     Returns how many. The rest of the concept stays in training.
     """

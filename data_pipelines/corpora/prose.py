@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ class WordNet:
         self.senses = {word: [by_offset[offset] for offset in offsets if offset in by_offset] for word, offsets in senses.items()}
 
     def define(self, name: str, group: str) -> str:
-        """The gloss, without examples, of the first sense of `name` that a picture of this group can mean; "" if there is none."""
+        """The gloss, without examples, of the first sense of `name` that a picture of this group can mean, or ""."""
         if group not in LEXICAL_FILES:
             return ""
         for word in (name, name.removesuffix("s"), name.rpartition(" ")[2] if name.endswith((" face", " symbol")) else name):

@@ -1,7 +1,8 @@
-"""Questions about a picture whose answers the picture, or its collection's own tables, give: no annotator, no template without truth."""
+"""Questions about a picture whose answers its pixels, or its collection's own tables, give."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,11 @@ KINDS_OF_THING = {
 }
 """What a picture shows, by how its subgroup begins; pictures of other subgroups are not asked about."""
 
+ROADSIDE = re.compile(
+    r"sign|construction|light|wheel$|pump|stop|motorway|track|rail|station|drum|anchor|seat|buoy|symbol|button|map"
+)
+"""In the transport subgroups, but no vehicle."""
+
 NOT_EXCLUSIVE = (
     {"food", "drink"},
     {"food", "plant"},
@@ -44,7 +50,7 @@ NOT_EXCLUSIVE = (
 """Kinds of which a picture can be both: about these the other one is not denied."""
 
 CLEARLY, HARDLY = 0.12, 0.004
-"""A colour counts as seen above the one share of the drawing and as absent below the other; in between nothing is asked."""
+"""A colour counts as seen above the one share of the drawing, as absent below the other; in between nothing is asked."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ def kind_of_thing(picture: Picture) -> str:
     if picture.domain == "flag" or picture.subgroup == "country-flag":
         return "flag"
     for kind, beginning in KINDS_OF_THING.items():
-        if picture.subgroup.startswith(beginning) and picture.subgroup != "transport-sign":
-            return kind
+        if picture.subgroup.startswith(beginning):
+            return "" if kind == "vehicle" and ROADSIDE.search(picture.name) else kind
     return ""
 
 
@@ -98,6 +104,8 @@ def _colour(picture: Picture, rng: numpy.random.Generator) -> Question | None:
 
 def _main_colour(picture: Picture, rng: numpy.random.Generator) -> Question | None:
     ranked = sorted(picture.colours.items(), key=lambda item: -item[1])
+    if ranked[0][0] == "black":  # an outline, as often as a colour
+        return None
     if ranked[0][1] < 0.5 or ranked[1][1] > 0.2:
         return None
     return Question("what is the main color?", ranked[0][0], "colour")
@@ -142,7 +150,7 @@ ASKERS: tuple[Callable[[Picture, numpy.random.Generator], Question | None], ...]
 
 
 def ask(picture: Picture, rng: numpy.random.Generator, count: int, *, new_concept: bool = False) -> list[Question]:
-    """Up to `count` different questions about a picture; of a new concept nothing is asked that only knowing its name could answer."""
+    """Up to `count` different questions about a picture; of a new concept, none that only knowing its name could answer."""
     possible = [question for asker in ASKERS if (question := asker(picture, rng)) is not None]
     if new_concept:
         possible = [question for question in possible if question.kind != "country"]

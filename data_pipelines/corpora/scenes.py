@@ -1,6 +1,6 @@
 """Scenes of one to four coloured shapes: what is in them, how they are said, and how they are drawn.
 
-A scene is plain data (`Thing`s with places); its captions and questions are computed from that data and so always true of the picture.
+A scene is plain data (`Thing`s with places); its captions and questions are computed from that data, and so are always true.
 """
 
 from __future__ import annotations

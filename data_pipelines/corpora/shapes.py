@@ -5,8 +5,8 @@
     text          definitions, counting, descriptions                          train, val
     captions_shapes, vqa_shapes, binding_shapes                                support, query (tasks)
 
-Some colour-and-shape pairs are held out: no training picture shows them and no training text names them, while each colour and each shape
-is met often. The queries are about these pairs, so they ask whether the model composes what it learnt.
+Some colour-and-shape pairs are held out: no training picture shows them and no training text names them, while each colour and
+each shape is met often. The queries are about these pairs, so they ask whether the model composes what it learnt.
 """
 
 from __future__ import annotations
@@ -229,18 +229,19 @@ def placed(rng: numpy.random.Generator, known: Sequence[Pair]) -> str:
     first = thing(rng, known)
     second = thing(rng, [pair for pair in known if pair[0] != first.colour and pair[1] != first.shape])
     relation = choice(rng, RELATIONS)
-    return f"The {first.noun()} is {relation} the {second.noun()}, so the {second.noun()} is {OPPOSITE[relation]} the {first.noun()}."
+    one, other = first.noun(), second.noun()
+    return f"The {one} is {relation} the {other}, so the {other} is {OPPOSITE[relation]} the {one}."
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
-Task_splits = (("support", "support"), ("query", "queries"))
+TASK_SPLITS = (("support", "support"), ("query", "queries"))
 
 
 def caption_task(
     builder: CorpusBuilder, config: ShapesConfig, known: Sequence[Pair], held: Sequence[Pair], paint: Painter
 ) -> Task:
-    for split, setting in Task_splits:
+    for split, setting in TASK_SPLITS:
         for number in progress(getattr(config, setting), f"captions_shapes {split}"):
             rng = generator(config.seed, "captions_shapes", split, number)
             shown = scene(rng, known, held if split == "query" else ())
@@ -259,7 +260,7 @@ def question_task(
     builder: CorpusBuilder, config: ShapesConfig, known: Sequence[Pair], held: Sequence[Pair], paint: Painter
 ) -> Task:
     answers: Counter[str] = Counter()
-    for split, setting in Task_splits:
+    for split, setting in TASK_SPLITS:
         for number in progress(getattr(config, setting), f"vqa_shapes {split}"):
             rng = generator(config.seed, "vqa_shapes", split, number)
             shown = scene(rng, known, held if split == "query" else ())

