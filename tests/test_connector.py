@@ -203,7 +203,7 @@ class TestRefusals:
             from_yaml(option, override).tokens(GRID)
 
     def test_heads_that_do_not_divide(self) -> None:
-        with pytest.raises(UserError, match="connector.heads=5"):
+        with pytest.raises(UserError, match=r"connector.heads=5"):
             small("attnpool", heads=5)
 
     def test_build_takes_connectors_only(self) -> None:
