@@ -30,6 +30,11 @@ from eval.tasks.corpus import Pool, TaskData, read_tasks
 from eval.tasks.example import Example
 from eval.tasks.settings import load_settings
 
+SMALL_MODEL = 50_000_000
+"""Parameters below which one CPU thread decodes fastest: a step's matrices are too small to share, and on a machine with other
+work the threads wait for each other at every one of them (measured with 5.6M parameters, 2 busy cores: 4 times slower with
+two)."""
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,6 +56,8 @@ class EvalConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "float32"
+    threads: int | None = None
+    """On a CPU; null: one for models under SMALL_MODEL parameters, else torch's own choice."""
     task_corpus: str | None = None
     """A corpus (name or folder) whose tasks to evaluate in place of the run's own. Not `corpus`, which is a config group."""
     prompts: str | None = None
@@ -64,6 +71,8 @@ class EvalConfig:
             raise UserError(f"images={self.images}: choose from {', '.join(IMAGES)}.")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: give a number from 1 up.")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads={self.threads}: give a number from 1 up, or null.")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}: choose from {', '.join(DTYPES)}.")
 
@@ -210,6 +219,8 @@ def _answer(config: EvalConfig, target: Target, results: Results, remaining: lis
 
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(target.export, device, config.dtype)
+    if device == "cpu" and (config.threads or model.num_parameters() < SMALL_MODEL):
+        torch.set_num_threads(config.threads or 1)
     features = ImageFeatures(model, device)
     prompters = {name: Prompter(results, task) for name, task in results.tasks.items()}
     for image, name in _images(results, prompters):
@@ -253,7 +264,7 @@ def main(config: EvalConfig) -> None:
     limit=200             queries a task, a fixed sample; null: every one
     images=true           shuffled or none: controls that show whether the model looks at its images
     demonstrations=per_query   or fixed: the same ones before every query
-    batch_size=16 device=auto dtype=float32 seed=0 prompts=null vqa_metric=null task_corpus=null
+    batch_size=16 device=auto dtype=float32 threads=null seed=0 prompts=null vqa_metric=null task_corpus=null
 
     Interrupted, it goes on where it stopped; finished, it prints what is there.
     """
