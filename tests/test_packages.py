@@ -66,7 +66,8 @@ def test_other_bytes_than_the_pinned_are_not_kept(npm: Path, tmp_path: Path) -> 
 
 
 def test_without_a_network_the_client_is_quoted_and_the_way_out_named(npm: Path, tmp_path: Path) -> None:
-    npm.write_text("#!/bin/sh\necho 'npm error getaddrinfo ENOTFOUND' >&2\nexit 1\n")
+    chatter = "".join(f"echo 'npm error     at frame{n} (node:events:{n})' >&2\n" for n in range(20))
+    npm.write_text(f"#!/bin/sh\necho 'npm error getaddrinfo ENOTFOUND' >&2\n{chatter}exit 1\n")
     with pytest.raises(UserError) as refused:
         fetch("npm", "thing", "1.0.0", SHA256, tmp_path / "downloads", hint="Use data=shapes image_encoder=vit_tiny.")
     for said in ("thing 1.0.0", "ENOTFOUND", "data=shapes image_encoder=vit_tiny"):

@@ -120,6 +120,27 @@ def render_all(pictures: Sequence[Picture], size: int, quality: int, processes: 
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
+def merge_identical(pictures: Sequence[Picture]) -> list[Picture]:
+    """Keep one of several photographs that are the same file under different names, called what the names share.
+
+    IFCT uses one photograph for all parts of an animal: "pork, liver" and "pork, lungs" become "pork".
+    """
+    first: dict[bytes, Picture] = {}
+    kept = []
+    for picture in pictures:
+        if picture.domain == "food" and picture.image in first:
+            same = first[picture.image]
+            parts = [name.split(", ") for name in (same.name, picture.name)]
+            shared = [a for a, b in zip(*parts, strict=False) if a == b]
+            if shared:
+                same.name = ", ".join(shared)
+                same.references = [same.name]
+            continue
+        first.setdefault(picture.image, picture)
+        kept.append(picture)
+    return kept
+
+
 def join_by_name(pictures: Sequence[Picture]) -> None:
     """Give pictures that share a reference one concept: two collections may code the same thing under different numbers."""
     parent: dict[str, str] = {}

@@ -31,6 +31,7 @@ from data_pipelines.corpora.pictures import (
     assign_splits,
     drop_near_duplicates,
     join_by_name,
+    merge_identical,
     render_all,
 )
 from data_pipelines.corpora.questions import ask
@@ -103,7 +104,7 @@ def gather(
             picture.about = countries[picture.facts["code"]].prose()
         elif picture.domain == "emoji":
             picture.about = wordnet.define(picture.name, picture.group) or picture.about
-    pictures = render_all(pictures, config.image_size, config.quality, config.processes)
+    pictures = merge_identical(render_all(pictures, config.image_size, config.quality, config.processes))
     join_by_name(pictures)
     assign_splits(pictures, config.seed, config.held_out_concepts, config.held_out_pictures, config.validation)
     drop_near_duplicates(pictures)
