@@ -211,7 +211,7 @@ def reg_stage(depth: int, in_width: int, out_width: int) -> nn.Module:
     """`depth` RegNet bottlenecks of bottle ratio 1, group size 1 (depthwise), SE ratio 0.25, LayerNorm over channels, SiLU."""
     if not depth:
         return nn.Identity()
-    stage = RegStage(
+    return RegStage(
         depth=depth,
         in_chs=in_width,
         out_chs=out_width,
@@ -223,7 +223,6 @@ def reg_stage(depth: int, in_width: int, out_width: int) -> nn.Module:
         act_layer=nn.SiLU,
         norm_layer=partial(LayerNorm2d, eps=1e-5),  # timm's own default is 1e-6
     )
-    return stage.to(memory_format=torch.channels_last)
 
 
 class MLPProjector(Connector):
