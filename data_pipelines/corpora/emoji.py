@@ -51,6 +51,10 @@ PEOPLE = {"1f468": "1f9d1", "1f469": "1f9d1"}  # man, woman -> person
 LEFT_OUT = {"component", "regional-indicator", "brand", "queer-symbols", "skin-tone", "hair-style", "ui-element"}
 """Subgroups that show letters, trademarks or swatches rather than things with a name."""
 
+PLACES = ("country-flag", "subdivision-flag")
+OF_NO_PLACE = re.compile(r"black|white|chequered|crossed|rainbow|transgender|pirate|triangular")
+"""Flags named for how they look, not for whose they are."""
+
 
 def key_of(code: str) -> str:
     """A file's code points -> the part that identifies the emoji in every collection (some write FE0F, some do not)."""
@@ -70,7 +74,8 @@ def tones_of(key: str) -> list[str]:
 def plain(name: str, subgroup: str = "") -> str:
     """A collection's name as a caption: lower case, no colons or quotes, flags as "flag of ..."."""
     name = re.sub(r"[“”\"()]", "", name).replace("’", "'").strip().lower()
-    if flag := re.fullmatch(r"flag: (.+)", name) or (re.fullmatch(r"(.+?) flag", name) if subgroup.endswith("flag") else None):
+    flag = re.fullmatch(r"flag: (.+)", name) or (re.fullmatch(r"(.+) flag", name) if subgroup in PLACES else None)
+    if flag and not OF_NO_PLACE.search(flag[1]):
         return f"flag of {flag[1]}"
     name = name.replace("keycap: ", "keycap ").replace("≊", "").replace(":", ",").replace("_", " ")
     return re.sub(r"\s+", " ", name).strip(" ,")
