@@ -58,6 +58,9 @@ class Workers:
             import deepspeed
 
             logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+            if self.world == 1:
+                # Shared-memory collectives are of no use to one process, and compiling them would take it half a minute.
+                deepspeed.comm.torch.build_shm_op = lambda: None
             deepspeed.init_distributed(dist_backend="nccl" if self.kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
 
     @property
@@ -104,6 +107,8 @@ class Engine:
         import deepspeed
 
         self.workers, self.settings = workers, settings
+        for parameter in model.parameters():  # DeepSpeed broadcasts weights as flat bytes: channels_last ones have to be laid out plainly
+            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype).copy_(parameter.data)
         share = global_batch // workers.world
         self.accumulation = share // settings.micro_batch
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=settings.zero_stage < 3 or None)
@@ -123,6 +128,9 @@ class Engine:
                 model=model.to(workers.device), optimizer=optimizer, config=config, dist_init_required=False
             )
         self.module = self.deepspeed.module
+        self.grad_norm = float("nan")
+        """Global gradient norm of the last optimiser step, before clipping."""
+        self._plain = settings.zero_stage == 0 and settings.precision == "fp32"
 
     def __call__(self, **inputs: Any) -> Any:
         return self.deepspeed(**inputs)
@@ -139,13 +147,14 @@ class Engine:
         """Called after every backward; the optimiser moves at the accumulation boundary."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
+        boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        if boundary and self._plain:
+            # Without ZeRO and bf16, DeepSpeed clips but does not say what it clipped; the gradients are whole and averaged here.
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
         self.deepspeed.step()
-
-    @property
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last optimiser step, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        if boundary and not self._plain:
+            self.grad_norm = float(self.deepspeed.get_global_grad_norm())
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Save weights, optimiser and `state` (plain values), on all ranks together; the folder appears only when it is whole."""

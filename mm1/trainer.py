@@ -92,11 +92,9 @@ class Trainer:
                         bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_s=f"{row['tokens_per_second']:.0f}")
                     window = Window()
                 bar.update()
-                if window.stop or stop.agreed:
-                    stop.agreed = True
-                if self.step % self.config.train.checkpoint_every == 0 or stop.agreed or self.step == total:
+                if self.step % self.config.train.checkpoint_every == 0 or part["stop"] or self.step == total:
                     self._save()
-                if stop.agreed and self.step < total:
+                if part["stop"] and self.step < total:
                     bar.close()
                     raise Interrupted(self.step)
         bar.close()
@@ -214,10 +212,6 @@ class Window:
         self.parts: list[dict[str, Any]] = []
         self.waited = self.seconds = 0.0
 
-    @property
-    def stop(self) -> bool:
-        return bool(self.parts) and self.parts[-1]["stop"]
-
     def add(self, part: dict[str, Any], waited: float, seconds: float) -> None:
         self.parts.append(part)
         self.waited += waited
@@ -268,9 +262,7 @@ class MetricsLog:
 
 class StopSignals:
     requested = False
-    """A signal reached this process."""
-    agreed = False
-    """All processes know, and stop after this step."""
+    """A signal reached this process; all processes stop after the step in which they have told each other."""
 
 
 @contextmanager

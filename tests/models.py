@@ -49,3 +49,31 @@ def tiny_model(seed: int = 0, connector: dict[str, Any] | None = None, decoder: 
         image_token_id=image_token_id(tokenizer()),
     )
     return MultimodalLM(config, image_encoder=encoder, decoder=language_model)
+
+TRAIN_OVERRIDES = [
+    "image_encoder=vit_tiny",
+    "image_encoder.image_size=16",
+    "image_encoder.patch_size=4",
+    "image_encoder.config.patch_size=4",
+    "image_encoder.config.hidden_size=16",
+    "image_encoder.config.intermediate_size=32",
+    "image_encoder.config.num_hidden_layers=1",
+    "image_encoder.config.num_attention_heads=2",
+    "connector=avgpool",
+    "connector.num_tokens=4",
+    "decoder.architecture.hidden_size=32",
+    "decoder.architecture.intermediate_size=64",
+    "decoder.architecture.num_hidden_layers=2",
+    "packing.seq_len=96",
+    "packing.max_images=4",
+    "train.steps=12",
+    "train.global_batch=8",
+    "train.log_every=2",
+    "train.checkpoint_every=6",
+    "train.validation_sequences=0",
+    "optim.warmup_steps=2",
+    "engine.micro_batch=4",
+    "engine.threads=1",
+    "engine.workers=0",
+]
+"""A whole training run of a few seconds."""

@@ -1,0 +1,177 @@
+"""Training through its command: learning, resuming, several processes, interruption, refusal. Each run is a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.corpus import write_corpus
+from tests.models import TRAIN_OVERRIDES
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "tiny", captions=32)
+
+
+def environment(home: Path, **extra: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return clean | {"MM1_HOME": str(home), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | extra
+
+
+def command(corpus: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "mm1.train", *TRAIN_OVERRIDES, f"data.corpus={corpus}", *overrides]
+
+
+def train(home: Path, corpus: Path, *overrides: str, ranks: int = 1, status: int = 0) -> str:
+    """Run to the end; all output of rank 0. Asserts the exit status."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    together = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command(corpus, *overrides),
+            env=environment(home, **(together | {"RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {})),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [status] * ranks, outputs[0][-3000:]
+    return outputs[0]
+
+
+def the_run(home: Path) -> Path:
+    (folder,) = (home / "runs").iterdir()
+    return folder
+
+
+def metrics(home: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (the_run(home) / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(home: Path) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in metrics(home)]
+
+
+def test_a_few_documents_are_learned_by_heart(home: Path, corpus: Path) -> None:
+    """Eight colours, one sentence each: with the pictures the captions are certain but for a random number."""
+    output = train(
+        home, corpus, "train.steps=160", "optim.peak_lr=6e-3", "data.sources.captions.ratio=1", "data.sources.interleaved.ratio=0",
+        "data.sources.text.ratio=0", "train.log_every=20", "train.validation_sequences=4",
+    )  # fmt: skip
+    rows = metrics(home)
+    assert rows[0]["loss"] > 3
+    assert rows[-1]["loss"] < 0.6, output
+    info = json.loads((the_run(home) / "run.json").read_text())
+    assert info["status"] == "finished"
+    # The colour is in the picture alone: shuffled pictures must cost.
+    assert info["validation"]["loss_captions_shuffled_images"] > info["validation"]["loss_captions"] + 0.1
+    again = train(home, corpus, "train.steps=160", "optim.peak_lr=6e-3", "data.sources.captions.ratio=1",
+                  "data.sources.interleaved.ratio=0", "data.sources.text.ratio=0", "train.log_every=20")  # fmt: skip
+    assert "Already trained" in again
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("one")
+    train(home, corpus)
+    return home
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_two_processes_compute_what_one_does(home: Path, corpus: Path, one_process: Path, zero_stage: int) -> None:
+    train(home, corpus, f"engine.zero_stage={zero_stage}", "engine.micro_batch=2", ranks=2)
+    assert the_run(home).name == the_run(one_process).name
+    for (loss, norm), (expected_loss, expected_norm) in zip(curve(home), curve(one_process), strict=True):
+        assert loss == pytest.approx(expected_loss, rel=2e-4)
+        assert norm == pytest.approx(expected_norm, rel=2e-3)
+    counters = ("tokens_seen", "images_seen", "flops", "parameters")
+    infos = [json.loads((the_run(h) / "run.json").read_text()) for h in (home, one_process)]
+    assert [infos[0][c] for c in counters] == [infos[1][c] for c in counters]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_killed_run_resumes_to_the_same_numbers(home: Path, corpus: Path, one_process: Path, zero_stage: int) -> None:
+    """kill -9 after a checkpoint; the next start ends with the very curve of the run that was never interrupted."""
+    overrides = (f"engine.zero_stage={zero_stage}", "train.checkpoint_every=4")
+    process = subprocess.Popen(command(corpus, *overrides), env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not list(home.glob("runs/*/checkpoints/step-0000004")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    output = train(home, corpus, *overrides)
+    assert "Going on from step" in output
+    expected = curve(one_process)
+    for (loss, norm), (expected_loss, expected_norm) in zip(curve(home), expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)
+    if zero_stage == 0:
+        assert curve(home) == expected  # to the bit
+    infos = [json.loads((the_run(h) / "run.json").read_text()) for h in (home, one_process)]
+    assert infos[0]["tokens_seen"] == infos[1]["tokens_seen"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(home: Path, corpus: Path) -> None:
+    process = subprocess.Popen(
+        command(corpus, "train.steps=100000", "train.log_every=1", "train.checkpoint_every=100000"),
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not any(p.read_text() for p in home.glob("runs/*/metrics.jsonl")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "everything is saved" in output
+    assert "Go on with the same command" in output
+    assert len(list(home.glob("runs/*/checkpoints/step-*"))) == 1
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(home: Path, corpus: Path, one_process: Path) -> None:
+    """The same folder under another configuration: what differs is named, nothing is touched."""
+    import shutil
+
+    from configs.command import compose
+    from data_pipelines.shards import Manifest
+    from mm1.config import TrainConfig
+
+    config = compose("train", TrainConfig, [*TRAIN_OVERRIDES, f"data.corpus={corpus}", "optim.beta2=0.9"])
+    target = home / "runs" / f"{config.run_name}-{config.hash(Manifest.load(corpus).fingerprint)}"
+    shutil.copytree(the_run(one_process), target)
+    info = json.loads((target / "run.json").read_text()) | {"status": "running"}
+    (target / "run.json").write_text(json.dumps(info))
+    before = {p: p.read_bytes() for p in target.rglob("*") if p.is_file() and p.name != ".lock"}
+    output = train(home, corpus, "optim.beta2=0.9", status=2)
+    assert "optim.beta2: 0.95 -> 0.9" in output
+    assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_without_a_corpus_the_command_that_makes_it_is_named(home: Path) -> None:
+    output = train(home, home / "data" / "nowhere", status=2)
+    assert "data_pipelines.prepare" in output
+
+
+def test_the_deepspeed_launcher(home: Path, corpus: Path) -> None:
+    port = "29871"
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port, "--module", "mm1.train"]
+    arguments = command(corpus, "engine.micro_batch=2", "train.steps=4")[3:]
+    result = subprocess.run([*launcher, *arguments], env=environment(home), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert json.loads((the_run(home) / "run.json").read_text())["world"] == 2
