@@ -66,7 +66,14 @@ class Package:
 
 @dataclass
 class Task:
-    """A few-shot task that comes with the corpus; `kind` says how eval/tasks reads its samples."""
+    """A few-shot task that comes with the corpus; `kind` says how eval/tasks/corpus.py reads its samples.
+
+    captioning   describe or name the picture; scored against every reference
+    vqa          answer a question about the picture
+    binding      tell apart two names that the sample's own demonstrations give to two pictures
+
+    `chance`: the share (0 to 1) that guessing gets right, where it is known.
+    """
 
     kind: str
     description: str

@@ -147,7 +147,7 @@ def test_every_image_decodes_and_is_directly_followed_by_its_text(corpus: Path) 
 
 def test_task_samples_have_what_their_kind_needs(corpus: Path) -> None:
     manifest = Manifest.load(corpus)
-    assert {task.kind for task in manifest.tasks.values()} == {"caption", "vqa", "binding"}
+    assert {task.kind for task in manifest.tasks.values()} == {"captioning", "vqa", "binding"}
     for name, task in manifest.tasks.items():
         for where in (task.support, task.query):
             samples = task_samples(corpus, name, where.split("/")[1])
@@ -158,7 +158,7 @@ def test_task_samples_have_what_their_kind_needs(corpus: Path) -> None:
 
 def check_sample(kind: str, sample: dict[str, Any], members: dict[str, bytes]) -> None:
     assert sample["image_id"]
-    if kind == "caption":
+    if kind == "captioning":
         assert members["webp"]
         assert sample["references"]
         assert sample["concept"]
@@ -303,7 +303,7 @@ def test_starter_names_of_new_concepts_are_in_no_training_caption() -> None:
     known = [sample for sample, _ in task_samples(STARTER, "captions_known", "query")]
     assert not [sample["id"] for sample in new if trained & set(sample["references"])]
     assert not {sample["concept"] for sample in new} & {sample["concept"] for sample in known}
-    for kind, task in (("caption", "captions_new"), ("vqa", "vqa_starter"), ("binding", "binding")):
+    for kind, task in (("captioning", "captions_new"), ("vqa", "vqa_starter"), ("binding", "binding")):
         for sample, members in task_samples(STARTER, task, "query"):
             check_sample(kind, sample, members)
 

@@ -22,7 +22,7 @@ from ablations.selection import select
 from ablations.table import Table, build
 from data_pipelines.errors import UserError
 
-TASKS = {"colours": ("vqa_official", "vqa", 12.5), "captions": ("cider_d", "caption", None)}
+TASKS = {"colours": ("vqa_official", "vqa", 12.5), "captions": ("cider_d", "captioning", None)}
 
 
 class Folders:

@@ -253,7 +253,7 @@ def caption_task(
             }
             builder.task_sample("captions_shapes", split, described, {"webp": paint(shown)})
     what = f"describe scenes with a colour-and-shape pair never shown in training ({config.queries} pictures, {len(held)} pairs)"
-    return Task("caption", what, "captions_shapes/support", "captions_shapes/query")
+    return Task("captioning", what, "captions_shapes/support", "captions_shapes/query")
 
 
 def question_task(

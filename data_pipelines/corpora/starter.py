@@ -220,7 +220,7 @@ def caption_task(
                 "concept": picture.concept,
             }
             builder.task_sample(task, split, described, {"webp": picture.image})
-    return Task("caption", f"name {what} (emoji, flags, food; {len(query)} pictures)", f"{task}/support", f"{task}/query")
+    return Task("captioning", f"name {what} (emoji, flags, food; {len(query)} pictures)", f"{task}/support", f"{task}/query")
 
 
 def question_sample(

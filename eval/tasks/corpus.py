@@ -25,8 +25,6 @@ _KEYS = {
     "vqa": ("id", "image_id", "question", "answers"),
     "binding": ("id", "image_id", "names", "answer", "demonstrations", "query"),
 }
-_ALSO_CALLED = {"caption": "captioning"}
-"""Kinds under the names some recipes give them."""
 
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
@@ -135,12 +133,11 @@ def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskDat
     tasks = []
     for name in wanted:
         task = manifest.tasks[name]
-        kind = _ALSO_CALLED.get(task.kind, task.kind)
-        if kind not in _KEYS:
+        if task.kind not in _KEYS:
             raise UserError(f"{folder}: task {name!r} is of kind {task.kind!r}; this suite evaluates {', '.join(_KEYS)}.")
-        queries = Pool(folder, manifest, task.query, kind, name)
+        queries = Pool(folder, manifest, task.query, task.kind, name)
         support = None
-        if kind != "binding":
-            support = queries if task.support == task.query else Pool(folder, manifest, task.support, kind, name)
-        tasks.append(TaskData(name, kind, None if task.chance is None else 100 * task.chance, queries, support))
+        if task.kind != "binding":
+            support = queries if task.support == task.query else Pool(folder, manifest, task.support, task.kind, name)
+        tasks.append(TaskData(name, task.kind, None if task.chance is None else 100 * task.chance, queries, support))
     return tasks
