@@ -3,7 +3,7 @@
 Every score here is a *per-item* score in points (0-100 for accuracies, 100 x CIDEr for captions), items come in clusters (the
 questions on one image share whatever makes that image hard), and every comparison is paired: two runs answered the same items.
 
-    mean of n items, G clusters    m = sum_i s_i / n,   u_g = sum_{i in g} (s_i - m)
+    mean of n items, G clusters    m = sum_i s_i / n,   u_g = sum_{i in g} (s_i - m)            (computed by eval/statistics.py)
                                    SE^2 = G/(G-1) * sum_g u_g^2 / n^2        (Liang & Zeger 1986; one item a cluster: s^2 / n)
     paired difference              the same of d_i = a_i - b_i
     mean over k tasks              equal weights, SE^2 = sum SE_t^2 / k^2    (tasks taken as independent)
@@ -26,6 +26,7 @@ from statistics import NormalDist
 import numpy as np
 
 from data_pipelines.errors import UserError
+from eval import statistics as item_statistics
 
 Array = np.ndarray
 
@@ -130,16 +131,10 @@ def cluster_numbers(clusters: Sequence[str] | Array) -> tuple[Array, int]:
 
 def clustered_mean(scores: Array, clusters: Sequence[str] | Array) -> Estimate:
     """Mean of n scores (points) and its SE, errors correlated inside clusters; with a single cluster the SE is nan: unknown."""
-    values = np.asarray(scores, dtype=np.float64)
-    if values.size == 0:
-        raise ValueError("the mean of no items")
-    numbers, count = cluster_numbers(clusters)
-    mean = math.fsum(values) / values.size  # exact sums: the same digits in every process
-    if count == 1:
-        return Estimate(mean, math.nan, math.nan, values.size, 1)
-    sums = np.bincount(numbers, weights=values - mean, minlength=count)
-    se = math.sqrt(count / (count - 1) * math.fsum(sums * sums)) / values.size
-    return Estimate(mean, se, count - 1, values.size, count)
+    found = item_statistics.clustered_mean(np.asarray(scores, dtype=np.float64).tolist(), np.asarray(clusters).tolist())
+    if found.se is None:
+        return Estimate(found.mean, math.nan, math.nan, found.n, found.clusters)
+    return Estimate(found.mean, found.se, found.clusters - 1, found.n, found.clusters)
 
 
 def mean_over_tasks(estimates: Sequence[Estimate]) -> Estimate:
