@@ -162,7 +162,8 @@ class Results:
         """Raises UserError for a damaged file or an id that stands there twice."""
         path = self.path(task, shots)
         try:
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # not splitlines(): a prediction may hold U+2028 or U+0085, which JSON leaves as they are and splitlines() cuts at
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             ids = [record["id"] for record in records]
             if ids != self.plan.tasks[task].queries:
                 twice = sorted({name for name in ids if ids.count(name) > 1})

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ablations.results import read_jsonl
 from configs.command import compose
 from data_pipelines.errors import UserError
 from data_pipelines.shards import Manifest, SplitWriter, Task
@@ -375,6 +376,20 @@ def test_results_hold_what_tables_read(export: Path, corpus: Path, tmp_path: Pat
                 assert len(line["demonstrations"]) == shots
     means = [summary["tasks"][task]["shots"]["2"]["mean"] for task in summary["tasks"]]
     assert summary["means"]["2"]["mean"] == pytest.approx(sum(means) / 3)
+
+
+def test_predictions_may_hold_any_line_separator(
+    export: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, append = "red\u2028blue\u2029\x85\x0b\x0c\x1c\r\n", Results.append
+
+    def speaks(self: Results, task: str, shots: int, records: list[dict[str, Any]]) -> None:
+        append(self, task, shots, [record | {"prediction": said} for record in records])
+
+    monkeypatch.setattr(Results, "append", speaks)
+    summary, folder = evaluate(config_for(copy_of(export, tmp_path), corpus, tasks=["colours"], shots=[0]))
+    read = [line["prediction"] for line in read_jsonl(folder / "colours.0.jsonl")]
+    assert read == [said] * summary["tasks"]["colours"]["shots"]["0"]["n"], "the tables read the same lines"
 
 
 def test_batch_size_changes_no_answer_and_controls_are_results_of_their_own(export: Path, corpus: Path, tmp_path: Path) -> None:
