@@ -16,7 +16,7 @@ CSV_COLUMNS = [
     "compared_with", "difference", "difference_se", "ci_low", "ci_high", "p", "p_holm", "significant",
     "difference_error", "matched",
     "parameters_image_encoder", "parameters_connector", "parameters_decoder", "parameters_total", "parameters_trainable",
-    "tokens_seen", "text_tokens_seen", "images_seen", "steps", "flops", "seconds", "runs", "scale", "corpus", "plan",
+    "tokens_seen", "loss_tokens_seen", "images_seen", "steps", "flops", "seconds", "runs", "scale", "corpus", "plan",
 ]  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def _csv_line(table: Table, block: Block, row: Row, shots: int, cell: Cell, r: R
         "matched": int(row.matched),
         **{f"parameters_{key}": r.parameters.get(key) for key in ("image_encoder", "connector", "decoder", "total", "trainable")},
         "tokens_seen": r.tokens,
-        "text_tokens_seen": r.text_tokens,
+        "loss_tokens_seen": r.loss_tokens,
         "images_seen": r.images,
         "steps": r.steps,
         "flops": r.flops,

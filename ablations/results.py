@@ -29,7 +29,7 @@ from data_pipelines import paths
 from data_pipelines.errors import UserError
 
 VERSION = 1
-COUNTERS = ("tokens_seen", "text_tokens_seen", "images_seen", "steps", "flops", "seconds")
+COUNTERS = ("tokens_seen", "loss_tokens_seen", "images_seen", "steps", "flops", "seconds")
 MEAN_TOLERANCE = 0.01  # points; summaries may be rounded, per-item scores are not
 
 
@@ -108,7 +108,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's record. flops: total; seconds: wall time; tokens_seen: text and image tokens, text_tokens_seen: those with a loss.
+    """A run's record. flops: total; seconds: wall time; tokens_seen: text and image tokens, loss_tokens_seen: those with a loss.
     `identity`: all that changes the weights (mm1.config). What an unfinished run has not counted yet is 0."""
 
     folder: Path
@@ -119,7 +119,7 @@ class Run:
     status: str
     parameters: dict[str, int]
     tokens_seen: int
-    text_tokens_seen: int
+    loss_tokens_seen: int
     images_seen: int
     steps: int
     flops: float
@@ -217,7 +217,7 @@ def read_run(folder: Path) -> Run:
             status=raw["status"],
             parameters={key: int(value) for key, value in raw["parameters"].items()},
             tokens_seen=int(raw["tokens_seen"]),
-            text_tokens_seen=int(raw["text_tokens_seen"]),
+            loss_tokens_seen=int(raw["loss_tokens_seen"]),
             images_seen=int(raw["images_seen"]),
             steps=int(raw["steps"]),
             flops=float(raw["flops"]),

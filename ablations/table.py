@@ -101,7 +101,7 @@ class Resources:
     seeds: list[int]
     parameters: dict[str, int]
     tokens: float
-    text_tokens: float
+    loss_tokens: float
     images: float
     steps: float
     flops: float
@@ -263,7 +263,7 @@ def _resources(variant: Variant, baseline: Variant, match_within: float) -> Reso
         seeds=[run.seed for run in variant.runs],
         parameters=variant.runs[0].parameters,
         tokens=mean("tokens_seen"),
-        text_tokens=mean("text_tokens_seen"),
+        loss_tokens=mean("loss_tokens_seen"),
         images=mean("images_seen"),
         steps=mean("steps"),
         flops=mean("flops"),

@@ -198,7 +198,7 @@ def run_counters(seen: dict[str, Any]) -> dict[str, Any]:
     """The counters as run.json names them."""
     return {
         "tokens_seen": seen["tokens"],
-        "text_tokens_seen": seen["loss_tokens"],
+        "loss_tokens_seen": seen["loss_tokens"],
         "images_seen": seen["images"],
         "flops": seen["flops"],
         "seconds": round(seen["seconds"], 1),

@@ -51,7 +51,7 @@ class Folders:
                 "trainable": 3_001_200,
             },
             "tokens_seen": 500_000,
-            "text_tokens_seen": 200_000,
+            "loss_tokens_seen": 200_000,
             "images_seen": 4000,
             "steps": 200,
             "flops": 1.5e13,
