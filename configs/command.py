@@ -4,9 +4,9 @@
     def main(config: TrainConfig) -> None:
         '''First line: what the command is for. The rest is printed by --help.'''
 
-gives `python -m mm1.train +ablation=connector_avgpool optim.peak_lr=1e-3`: composed by Hydra, checked against the dataclass, handed over
-as an instance of it. A UserError ends the command with its text alone and exit status 2; --help lists every group of the command's
-configuration with a line for each option and answers without importing torch.
+gives `python -m mm1.train +ablation=connector_avgpool optim.peak_lr=1e-3`: composed by Hydra, checked against the dataclass,
+handed over as an instance of it. A UserError ends the command with its text alone and exit status 2; --help lists every group
+of the command's configuration with a line for each option and answers without importing torch.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from configs import CONFIG_DIR
 from data_pipelines.errors import UserError
@@ -40,7 +41,7 @@ def command(config_name: str, *, schema: type[T]) -> Callable[[Callable[[T], Any
     def decorate(function: Callable[[T], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
-            arguments = _normalise(sys.argv[1:])
+            arguments = _normalise(sys.argv[1:], list_keys(schema))
             if not {"-h", "--help"}.isdisjoint(arguments):
                 print(help_text(config_name, inspect.getdoc(function) or "", _program(function)))
                 return
@@ -73,7 +74,7 @@ def compose(config_name: str, schema: type[T], overrides: list[str] | None = Non
 
     register(f"{config_name}_schema", schema)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        raw = hydra_compose(config_name, overrides=_normalise(overrides or []), return_hydra_config=True)
+        raw = hydra_compose(config_name, overrides=_normalise(overrides or [], list_keys(schema)), return_hydra_config=True)
     return typed(raw)
 
 
@@ -86,17 +87,19 @@ def typed(raw: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
 
         hydra_node = HydraConfig.get()
-    chosen = hydra_node.runtime.choices.get("ablation") if hydra_node is not None else None
+    # not runtime.choices, where Hydra leaves out a group that was given as a list
+    chosen = [text for text in hydra_node.overrides.task if text.startswith("+ablation=")]
     if "hydra" in raw:
         with open_dict(raw):
             del raw["hydra"]
     if "ablation" in raw:
-        raw.ablation = ablation_names(chosen)
+        raw.ablation = [name for text in chosen for name in ablation_names(text.partition("=")[2])]
     missing = OmegaConf.missing_keys(raw)
     if missing:
-        raise UserError(f"{', '.join(sorted(missing))}: no value given. Add {' '.join(f'{key}=...' for key in sorted(missing))} to the command.")
+        add = " ".join(f"{key}=..." for key in sorted(missing))
+        raise UserError(f"{', '.join(sorted(missing))}: no value given. Add {add} to the command.")
     try:
-        config = OmegaConf.to_object(raw)
+        config: Any = OmegaConf.to_object(raw)
     except MissingMandatoryValue as error:
         raise UserError(str(error)) from error
     if hasattr(config, "validate"):
@@ -104,11 +107,9 @@ def typed(raw: Any) -> Any:
     return config
 
 
-def ablation_names(choice: Any) -> list[str]:
-    """Hydra's record of `+ablation=...` as a list: none, one or several names."""
-    if not choice:
-        return []
-    return re.findall(r"[^\[\],'\s]+", str(choice))
+def ablation_names(value: str) -> list[str]:
+    """What stands behind `+ablation=`: none, one or several names."""
+    return re.findall(r"[^\[\],'\"\s]+", value)
 
 
 def _run(function: Callable[[T], Any], raw: Any) -> int:
@@ -119,8 +120,8 @@ def _run(function: Callable[[T], Any], raw: Any) -> int:
         return 2
 
 
-def _normalise(arguments: list[str]) -> list[str]:
-    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation= into one list."""
+def _normalise(arguments: list[str], lists: Collection[str] = ()) -> list[str]:
+    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation= into one; quote paths."""
     ablations: list[str] = []
     rest: list[str] = []
     for argument in arguments:
@@ -129,11 +130,27 @@ def _normalise(arguments: list[str]) -> list[str]:
         key, _, value = argument.partition("=")
         if key == "+ablation":
             ablations += ablation_names(value)
+        elif value:
+            rest.append(f"{key}=[{value}]" if key in lists and _ONE_WORD.fullmatch(value) else f"{key}={value}")
         else:
             rest.append(argument)
     if ablations:
         rest.append(f"+ablation={ablations[0]}" if len(ablations) == 1 else f"+ablation=[{','.join(ablations)}]")
     return rest
+
+
+_ONE_WORD = re.compile(r"""(?!null$)("[^"]*"|[^\s\[\](){},$'"]+)""")
+"""A value that can only mean the list's one item; `a,b` is left to Hydra, whose message says to write [a,b]."""
+
+
+def list_keys(schema: type) -> set[str]:
+    """The schema's keys that hold lists: there KEY=WORD is taken for KEY=[WORD], which Hydra would refuse in its own terms."""
+
+    def holds_list(hint: Any) -> bool:
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        return any(get_origin(part) is list for part in parts)
+
+    return {key for key, hint in get_type_hints(schema).items() if holds_list(hint)}
 
 
 def _program(function: Callable[..., Any]) -> str:
@@ -150,7 +167,8 @@ def _program(function: Callable[..., Any]) -> str:
 def groups_of(config_name: str) -> list[str]:
     """The config groups a primary config draws on, in its order; `ablation` joins them where it exists for that command."""
     text = (CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8")
-    groups = [m for m in re.findall(r"^\s*-\s*(?:override\s+)?/?([\w/]+)(?:@\w+)?:", text, flags=re.MULTILINE) if not m.startswith("hydra")]
+    named = re.findall(r"^\s*-\s*(?:override\s+)?/?([\w/]+)(?:@\w+)?:", text, flags=re.MULTILINE)
+    groups = [name for name in named if not name.startswith("hydra")]
     if re.search(r"^ablation:", text, flags=re.MULTILINE):
         groups.insert(0, "ablation")
     return groups
