@@ -121,7 +121,7 @@ def _run(function: Callable[[T], Any], raw: Any) -> int:
 
 
 def _normalise(arguments: list[str], lists: Collection[str] = ()) -> list[str]:
-    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation= into one; quote paths."""
+    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation=; quote paths."""
     ablations: list[str] = []
     rest: list[str] = []
     for argument in arguments:
@@ -131,12 +131,22 @@ def _normalise(arguments: list[str], lists: Collection[str] = ()) -> list[str]:
         if key == "+ablation":
             ablations += ablation_names(value)
         elif value:
+            value = _quoted(value)
             rest.append(f"{key}=[{value}]" if key in lists and _ONE_WORD.fullmatch(value) else f"{key}={value}")
         else:
             rest.append(argument)
     if ablations:
         rest.append(f"+ablation={ablations[0]}" if len(ablations) == 1 else f"+ablation=[{','.join(ablations)}]")
     return rest
+
+
+def _quoted(value: str) -> str:
+    """Quote what Hydra's grammar refuses but paths have: a leading ~, the braces of shard-{000..127}.tar, alone or in a list."""
+    if re.search("^{|[\"'()$]", value):  # a mapping, quoted by the user, a sweep, an interpolation
+        return value
+    if value.startswith("["):
+        return re.sub(r"[^\s\[\],]*\{\w+\.\.\w+\}[^\s\[\],]*", r'"\g<0>"', value)
+    return f'"{value}"' if value.startswith("~") or "{" in value else value
 
 
 _ONE_WORD = re.compile(r"""(?!null$)("[^"]*"|[^\s\[\](){},$'"]+)""")

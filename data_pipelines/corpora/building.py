@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.shards import Manifest, Package, SplitWriter, Task
+from data_pipelines.shards import Manifest, Package, Split, SplitWriter, Task
 from data_pipelines.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -180,8 +180,11 @@ class CorpusBuilder:
         packages: list[Package],
         settings: dict[str, object],
         tokenizer: str,
+        splits: Mapping[str, dict[str, Split]] | None = None,
     ) -> Manifest:
+        """`splits`: source -> split -> Split of shards that lie elsewhere, beside those this builder wrote."""
         manifest = Manifest(self.folder.name, recipe, tasks=tasks, packages=packages, settings=settings, tokenizer=tokenizer)
+        manifest.splits = {source: dict(by_split) for source, by_split in (splits or {}).items()}
         for (source, split), writer in self.writers.items():
             manifest.splits.setdefault(source, {})[split] = writer.close()
         manifest.save(self.partial)

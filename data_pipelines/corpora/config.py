@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import UserError
+from data_pipelines.tokenizer import SMALLEST_VOCABULARY
 
 
 @dataclass
@@ -14,14 +17,23 @@ class CorpusConfig:
     recipe: str = "???"
     name: str = "???"
     seed: int = 0
+    vocab_size: int = 4096
+    """Of the tokenizer that is trained on the corpus's own text."""
+
+    def validate(self) -> None:
+        """Raises UserError for a value the recipe cannot work with."""
+
+
+@dataclass
+class PicturesConfig(CorpusConfig):
+    """What the recipes have in common that write pictures themselves."""
+
     image_size: int = 128
     """Pixels a side; pictures are square on white."""
     quality: int = 85
     """Of the WebP pictures, 1 to 100."""
-    vocab_size: int = 4096
 
     def validate(self) -> None:
-        """Raises UserError for a value no recipe can work with."""
         if not 16 <= self.image_size <= 1024:
             raise UserError(f"corpus.image_size={self.image_size}: pictures are 16 to 1024 pixels a side.")
         if not 1 <= self.quality <= 100:
@@ -29,7 +41,7 @@ class CorpusConfig:
 
 
 @dataclass
-class StarterConfig(CorpusConfig):
+class StarterConfig(PicturesConfig):
     recipe: str = "starter"
     name: str = "starter"
     held_out_concepts: float = 0.05
@@ -55,7 +67,7 @@ class StarterConfig(CorpusConfig):
 
 
 @dataclass
-class ShapesConfig(CorpusConfig):
+class ShapesConfig(PicturesConfig):
     recipe: str = "shapes"
     name: str = "shapes"
     image_size: int = 64
@@ -71,3 +83,47 @@ class ShapesConfig(CorpusConfig):
     """Demonstrations of each task."""
     held_out_pairs: int = 8
     """How many of the 64 colour-and-shape pairs no training picture, caption or page shows."""
+
+
+@dataclass
+class TarsConfig(CorpusConfig):
+    """Shards that are there already. Each source: one pattern or a list of them, local paths with {000..127} or * in them."""
+
+    recipe: str = "tars"
+    vocab_size: int = 32_000
+    captions: Any = None
+    """Tars as img2dataset writes them."""
+    interleaved: Any = None
+    """Tars of KEY.json with parallel lists `images` and `texts`, and the images beside it."""
+    text: Any = None
+    """Tars of KEY.txt."""
+    val_share: float = 0.01
+    """Share of a source's shards kept as its val split: whole shards, at least one where there are two; 0 keeps none."""
+    tokenizer: str | None = None
+    """Folder of a transformers tokenizer to use in place of a trained one; `vocab_size` then means nothing."""
+
+    def patterns(self) -> dict[str, list[str]]:
+        """source -> its patterns, for the sources that are given."""
+        given = {"captions": self.captions, "interleaved": self.interleaved, "text": self.text}
+        return {source: [value] if isinstance(value, str) else list(value) for source, value in given.items() if value}
+
+    def validate(self) -> None:
+        for source in ("captions", "interleaved", "text"):
+            value = getattr(self, source)
+            items = value if isinstance(value, (list, tuple)) else [value]
+            if value is not None and not all(isinstance(item, str) and item for item in items):
+                raise UserError(f"corpus.{source}={value!r}: give a path, a pattern as /data/mine-{{000..127}}.tar, or a list.")
+        if not self.patterns():
+            raise UserError(
+                "corpus=tars: no shards given. Set one or more of corpus.captions, corpus.interleaved and corpus.text, for "
+                "example 'corpus.captions=/data/cc12m-{000..127}.tar'."
+            )
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise UserError(f"corpus.vocab_size={self.vocab_size}: at least {SMALLEST_VOCABULARY}, for 256 bytes and 3 marks.")
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"corpus.val_share={self.val_share}: a share of the shards, 0 or more and below 1.")
+        if self.tokenizer is not None and not (Path(self.tokenizer).expanduser() / "tokenizer_config.json").is_file():
+            raise UserError(
+                f"corpus.tokenizer={self.tokenizer}: no tokenizer there (no tokenizer_config.json). Give a folder that "
+                "save_pretrained wrote, or leave the key out to have one trained on the corpus."
+            )
