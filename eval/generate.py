@@ -56,6 +56,7 @@ def load_model(export: Path, device: str, dtype: str) -> tuple[Any, Any]:
     """(model, tokeniser) from a save_pretrained folder. Raises UserError if the folder is not one of this suite's models."""
     import torch
     from transformers import AutoConfig
+    from transformers.utils import logging
 
     from mm1.model.multimodal import MultimodalLM
 
@@ -63,6 +64,7 @@ def load_model(export: Path, device: str, dtype: str) -> tuple[Any, Any]:
         raise UserError(
             f"{export} holds no model (no config.json). Train the run to its end, or export it: python -m mm1.train ..."
         )
+    logging.disable_progress_bar()  # it counts tensors, within a second
     try:
         config = AutoConfig.from_pretrained(str(export), local_files_only=True)
         if config.model_type != MultimodalLM.config_class.model_type:

@@ -2,8 +2,8 @@
 
     PackedLoader -> [micro-batches of a step] -> sum of token losses / tokens of the *global* batch -> Engine -> AdamW
 
-Dividing by the global token count (one small all-reduce a step) is what makes two processes compute exactly what one would: micro-batches
-and ranks hold different numbers of labelled tokens, and a mean of means would weigh them unequally.
+Dividing by the global token count (one small all-reduce a step) is what makes two processes compute exactly what one would:
+micro-batches and ranks hold different numbers of labelled tokens, and a mean of means would weigh them unequally.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Trainer:
         )
         log = MetricsLog(self.run, self.step) if self.workers.main else None
         peak = peak_flops(self.workers.device, self.config.engine.precision)
-        bar = tqdm(total=total, initial=self.step, desc=self.run.name, unit="step", disable=not self.workers.main, dynamic_ncols=True)
+        quiet = not self.workers.main
+        bar = tqdm(total=total, initial=self.step, desc=self.run.name, unit="step", disable=quiet, dynamic_ncols=True)
         with stop_signals() as stop:
             batches = iter(loader)
             window = Window()
@@ -159,7 +160,8 @@ class Trainer:
         if (folder := self.run.checkpoints / f"step-{self.step:07d}").exists():
             return
         lanes = {lane: state for part in self.workers.gather(self.lanes) for lane, state in part.items()}
-        state = {"step": self.step, "seen": self.seen, "rng": torch.get_rng_state(), "world": self.workers.world, "lanes": json.dumps(lanes)}
+        state = {"step": self.step, "seen": self.seen, "rng": torch.get_rng_state(), "world": self.workers.world}
+        state["lanes"] = json.dumps(lanes)
         self.engine.save(folder, state)
         if self.workers.main:
             self.run.update(steps=self.step, **run_counters(self.seen))
@@ -179,8 +181,11 @@ class Trainer:
 
     def export(self, tokenizer: Any) -> None:
         """Write the save_pretrained folder (safetensors, configuration, tokeniser)."""
+        from transformers.utils import logging
+
         weights = self.engine.weights()
         if self.workers.main:
+            logging.disable_progress_bar()
             self.model.config.image_encoder = self.model.image_encoder.settings()
             self.model.save_pretrained(self.run.export, state_dict=weights)
             tokenizer.save_pretrained(self.run.export)
@@ -188,7 +193,8 @@ class Trainer:
 
 
 def count_parameters(model: MultimodalLM) -> dict[str, int]:
-    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("image_encoder", "connector", "decoder")}
+    names = ("image_encoder", "connector", "decoder")
+    parts = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in names}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     without = parameters_without_embeddings(model.decoder)
     return {**parts, "total": sum(parts.values()), "trainable": trainable, "decoder_without_embeddings": without}
@@ -243,13 +249,15 @@ class MetricsLog:
 
         kept = []
         if run.metrics.is_file():
-            kept = [line for line in run.metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            whole = [line for line in run.metrics.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
         run.metrics.write_text("".join(line + "\n" for line in kept))
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps({name: round(value, 6) if isinstance(value, float) and name != "lr" else value for name, value in row.items()}) + "\n")
+        rounded = {name: round(value, 6) if isinstance(value, float) and name != "lr" else value for name, value in row.items()}
+        self._file.write(json.dumps(rounded) + "\n")
         self._file.flush()
         for name, value in row.items():
             if name != "step":
