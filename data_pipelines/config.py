@@ -44,8 +44,8 @@ class PackingConfig:
     max_images: int
     """Images a sequence at most, so that no rank's vision tower gets more than its share."""
     policy: str = "first_fit"
-    """first_fit: whole documents, the first open sequence with room; concat: end to end, cut where the sequence is full; single: one
-    document a sequence."""
+    """first_fit: whole documents, the first open sequence with room; concat: end to end, cut where the sequence is full; single:
+    one document a sequence."""
     open_sequences: int = 8
     """Sequences first_fit keeps open; more pack tighter and keep more documents waiting."""
     isolate_documents: bool = True
@@ -59,5 +59,5 @@ class PackingConfig:
             raise UserError(f"packing.policy={self.policy}: must be one of {', '.join(POLICIES)}.")
         if num_image_tokens >= self.seq_len:
             raise UserError(
-                f"packing.seq_len={self.seq_len} has no room for an image of connector.num_tokens={num_image_tokens} and a word of text."
+                f"packing.seq_len={self.seq_len} has no room for an image of connector.num_tokens={num_image_tokens} and a word."
             )

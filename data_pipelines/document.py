@@ -1,7 +1,7 @@
 """Document: the one type that captions, interleaved documents and text become.
 
-A document is an ordered sequence of text spans and images. A caption pair is [image, text], a web page is any alternation of the two,
-a book is [text]. Everything to the right (packing, batches, evaluation) sees only this.
+A document is an ordered sequence of text spans and images. A caption pair is [image, text], a web page is any alternation of the
+two, a book is [text]. Everything to the right (packing, batches, evaluation) sees only this.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ MAX_PIXELS = 64_000_000
 def decode_image(data: bytes, size: int, *, name: str = "image") -> torch.Tensor:
     """Encoded image -> uint8 (3, size, size), RGB.
 
-    The whole picture is kept: the shorter side is padded with white to a square (transparent pixels become white too), then resized
-    bicubically. Cropping would cut the objects that captions name. Raises UserError naming the image when it is not decodable or has
-    more than MAX_PIXELS pixels.
+    The whole picture is kept: the shorter side is padded with white to a square (transparent pixels become white too), then
+    resized bicubically. Cropping would cut the objects that captions name. Raises UserError naming the image when it is not
+    decodable or has more than MAX_PIXELS pixels.
     """
     import numpy
     import torch

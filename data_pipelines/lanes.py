@@ -4,9 +4,9 @@
     slot i of every step    <- lane i                      a lane owns stream positions i, i + L, i + 2L ... of every source
     lane i at step t        -> mixture says which source, that source's packer says which documents
 
-Rank r of R and worker w of W take lanes by stride, so whatever R and W are (as long as R divides L), the global batches are the same. A
-lane's state is a few numbers a source; the state *after* a sequence travels with the sequence, and a checkpoint keeps the states of the
-last sequences the trainer consumed. Prefetched sequences are therefore neither lost nor repeated by a resume.
+Rank r of R and worker w of W take lanes by stride, so whatever R and W are (as long as R divides L), the global batches are the
+same. A lane's state is a few numbers a source; the state *after* a sequence travels with the sequence, and a checkpoint keeps the
+states of the last sequences the trainer consumed. Prefetched sequences are therefore neither lost nor repeated by a resume.
 """
 
 from __future__ import annotations
@@ -45,7 +45,16 @@ class LaneSequence:
 class Source:
     """One source of the corpus as an endless stream of encoded documents in a keyed order."""
 
-    def __init__(self, name: str, folder: Path, manifest: Manifest, split: str, tokenizer: PreTrainedTokenizerBase, image_tokens: int, seed: int):
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        manifest: Manifest,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        image_tokens: int,
+        seed: int,
+    ) -> None:
         content = manifest.split(name, split)
         if content.samples == 0:
             raise UserError(f"{folder}: {name}/{split} is empty, so data.sources.{name}.ratio must be 0.")
@@ -84,7 +93,8 @@ class LaneStream:
         self.kinds = {name: source.kind for name, source in data.sources.items()}
         self.mixture = Mixture({name: source.ratio for name, source in data.sources.items()}, global_batch, seed)
         self.sources = {
-            name: Source(name, folder, self.manifest, data.sources[name].split, tokenizer, image_tokens, seed) for name in self.mixture.sources
+            name: Source(name, folder, self.manifest, data.sources[name].split, tokenizer, image_tokens, seed)
+            for name in self.mixture.sources
         }
         self.image_id = image_token_id(tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -3,8 +3,8 @@
     for micro_batches in PackedLoader(stream, image_size=96, world=2, rank=0, micro_batch=4):
         ...                                            # one list a step: the rank's share of the global batch, in micro-batches
 
-A rank's micro-batches are the same whatever the number of workers: worker w of W owns every W-th of the rank's lanes, and the loader
-asks the workers in turn.
+A rank's micro-batches are the same whatever the number of workers: worker w of W owns every W-th of the rank's lanes, and the
+loader asks the workers in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from data_pipelines.lanes import LaneSequence, LaneStream
 class _LaneDataset(IterableDataset):
     """In each worker: that worker's lanes, with their images decoded to uint8 (n, 3, size, size)."""
 
-    def __init__(self, stream: LaneStream, lanes: list[int], image_size: int, step: int, states: dict[int, dict[str, Any]]) -> None:
+    def __init__(
+        self, stream: LaneStream, lanes: list[int], image_size: int, step: int, states: dict[int, dict[str, Any]]
+    ) -> None:
         self.stream, self.lanes, self.image_size, self.step, self.states = stream, lanes, image_size, step, states
 
     def __iter__(self) -> Iterator[tuple[LaneSequence, torch.Tensor] | UserError]:
@@ -84,7 +86,8 @@ class PackedLoader:
         share, left = divmod(stream.global_batch, world)
         if left or share % micro_batch:
             raise UserError(
-                f"train.global_batch={stream.global_batch} must be a multiple of {world} processes x engine.micro_batch={micro_batch}."
+                f"train.global_batch={stream.global_batch} must be a multiple of {world} processes x "
+                f"engine.micro_batch={micro_batch}."
             )
         self.image_tokens, self.micro_batch, self.per_step = stream.image_tokens, micro_batch, share
         lanes = list(range(rank, stream.global_batch, world))
@@ -109,7 +112,8 @@ class PackedLoader:
                 raise item
             items.append(item)
             if len(items) == self.per_step:
-                yield [collate(items[i : i + self.micro_batch], self.image_tokens) for i in range(0, self.per_step, self.micro_batch)]
+                starts = range(0, self.per_step, self.micro_batch)
+                yield [collate(items[i : i + self.micro_batch], self.image_tokens) for i in starts]
                 items = []
 
 

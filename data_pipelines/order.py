@@ -1,7 +1,7 @@
 """Which sample comes when: pure functions of the seed.
 
-Every random decision of the data pipelines is a keyed hash of (seed, purpose, ...): the same on every rank, in every worker, after every
-resume, and independent of how often anything else was drawn.
+Every random decision of the data pipelines is a keyed hash of (seed, purpose, ...): the same on every rank, in every worker,
+after every resume, and independent of how often anything else was drawn.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Packing: documents -> fixed-length sequences.
 
-A document's size has two dimensions, tokens and images; a sequence holds at most `seq_len` of the one and `max_images` of the other.
-What is too large for an empty sequence is cut, never inside an image, and its pieces go on as documents of their own.
+A document's size has two dimensions, tokens and images; a sequence holds at most `seq_len` of the one and `max_images` of the
+other. What is too large for an empty sequence is cut, never inside an image, and its pieces go on as documents of their own.
 
-A packer keeps *references* (stream position, first token, last token) of the pieces that wait in open sequences, so that its state is
-small and a resumed run reads the same documents again instead of carrying them in the checkpoint.
+A packer keeps *references* (stream position, first token, last token) of the pieces that wait in open sequences, so that its
+state is small and a resumed run reads the same documents again instead of carrying them in the checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Piece:
         return self.stop - self.start
 
 
-def cut(document: EncodedDocument, position: int, config: PackingConfig, image_tokens: int, room: tuple[int, int] | None = None) -> list[Piece]:
+def cut(
+    document: EncodedDocument, position: int, config: PackingConfig, image_tokens: int, room: tuple[int, int] | None = None
+) -> list[Piece]:
     """Split a document into pieces that each fit into an empty sequence; the first one into `room` (tokens, images) if given."""
     pieces: list[Piece] = []
     start, first_image = 0, 0
@@ -68,7 +70,9 @@ def cut(document: EncodedDocument, position: int, config: PackingConfig, image_t
 class Packer:
     """Fills sequences of one source for one lane. `read(position)` gives the encoded document at a stream position."""
 
-    def __init__(self, config: PackingConfig, image_tokens: int, read: Callable[[int], EncodedDocument], stride: int, first: int) -> None:
+    def __init__(
+        self, config: PackingConfig, image_tokens: int, read: Callable[[int], EncodedDocument], stride: int, first: int
+    ) -> None:
         self.config, self.image_tokens, self.read, self.stride = config, image_tokens, read, stride
         self.next = first
         self.open: list[list[Piece]] = []
@@ -76,7 +80,8 @@ class Packer:
 
     def state(self) -> dict[str, object]:
         """JSON-able: the next stream position and the pieces that wait."""
-        return {"next": self.next, "open": [[[p.position, p.start, p.stop, p.images] for p in sequence] for sequence in self.open]}
+        waiting = [[[p.position, p.start, p.stop, p.images] for p in sequence] for sequence in self.open]
+        return {"next": self.next, "open": waiting}
 
     def restore(self, state: dict[str, object]) -> None:
         self.next = state["next"]  # type: ignore[assignment]
@@ -156,10 +161,13 @@ class Sequence:
     origins: list[Origin]
 
 
-def assemble(pieces: list[tuple[Piece, EncodedDocument]], config: PackingConfig, image_tokens: int, image_id: int, pad_id: int) -> Sequence:
+def assemble(
+    pieces: list[tuple[Piece, EncodedDocument]], config: PackingConfig, image_tokens: int, image_id: int, pad_id: int
+) -> Sequence:
     """Lay pieces side by side and derive labels, positions and document ids.
 
-    labels[s] is the id at s + 1 of the same piece; none is set where that id belongs to an image, at a piece's last position or on padding.
+    labels[s] is the id at s + 1 of the same piece; none is set where that id belongs to an image, at a piece's last position or
+    on padding.
     """
     length = config.seq_len
     input_ids = np.full(length, pad_id, np.int64)

@@ -7,8 +7,8 @@ A corpus is a folder:
     tokenizer/                        a transformers tokeniser, where the corpus brings one
 
 The reader does not stream. It scans a shard's headers once and afterwards reads any sample with one pread, so that the order of
-samples can be any permutation (see order.py) and a sample's image can never meet another sample's caption: members belong together
-only if they stand side by side in one shard under one key.
+samples can be any permutation (see order.py) and a sample's image can never meet another sample's caption: members belong
+together only if they stand side by side in one shard under one key.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import UserError
 
@@ -118,14 +119,19 @@ class Manifest:
         """Raises UserError if the folder holds no finished corpus, or one of another version."""
         path = folder / MANIFEST
         if not path.is_file():
-            raise UserError(f"No corpus at {folder} (there is no {MANIFEST}). Make it: python -m data_pipelines.prepare corpus={folder.name}")
+            make = f"python -m data_pipelines.prepare corpus={folder.name}"
+            raise UserError(f"No corpus at {folder} (there is no {MANIFEST}). Make it: {make}")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw.get("version") != MANIFEST_VERSION:
-                raise UserError(f"{path}: version is {raw.get('version')!r}, this suite reads {MANIFEST_VERSION}. Prepare the corpus again.")
+                found = raw.get("version")
+                raise UserError(f"{path}: version is {found!r}, this suite reads {MANIFEST_VERSION}. Prepare the corpus again.")
             raw.pop("fingerprint", None)
             splits = {
-                source: {name: Split(**(split | {"shards": [Shard(**s) for s in split["shards"]]})) for name, split in by_split.items()}
+                source: {
+                    name: Split(**(split | {"shards": [Shard(**shard) for shard in split["shards"]]}))
+                    for name, split in by_split.items()
+                }
                 for source, by_split in raw.pop("splits").items()
             }
             tasks = {name: Task(**task) for name, task in raw.pop("tasks").items()}
@@ -148,14 +154,14 @@ class Manifest:
 class SplitWriter:
     """Writes samples of one split into shards of at most `shard_bytes`, through webdataset's TarWriter.
 
-    The modification time is a whole number on purpose: a fraction would add a PAX header to every member (17 % more bytes, half the
-    reading speed) and make the shard's hash depend on the clock.
+    The modification time is a whole number on purpose: a fraction would add a PAX header to every member (17 % more bytes, half
+    the reading speed) and make the shard's hash depend on the clock.
     """
 
     def __init__(self, folder: Path, source: str, split: str, *, format: str, shard_bytes: int = 64_000_000) -> None:
         self.folder, self.prefix, self.shard_bytes = folder, f"{source}-{split}", shard_bytes
         self.split = Split(format=format)
-        self._writer = None
+        self._writer: Any = None  # webdataset has no types
         self._path: Path | None = None
         self._count = self._bytes = self._total = 0
 
@@ -242,7 +248,8 @@ def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
     """
     total = path.stat().st_size
     with open(path, "rb") as file:
-        position, long_name, pax = 0, None, {}
+        position, long_name = 0, None
+        pax: dict[str, str] = {}
         while position + BLOCK <= total:
             file.seek(position)
             header = file.read(BLOCK)
@@ -253,7 +260,9 @@ def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
             except ValueError:
                 checksum, size = -1, 0
             if sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
-                raise UserError(f"{path}: the tar header at byte {position} is damaged. Restore the shard or prepare the corpus again.")
+                raise UserError(
+                    f"{path}: the tar header at byte {position} is damaged. Restore the shard or prepare the corpus again."
+                )
             if "size" in pax:
                 size = int(pax["size"])
             body = position + BLOCK
@@ -277,7 +286,8 @@ def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
 def index_shard(path: Path) -> list[SampleIndex]:
     """Group a shard's members into samples: neighbours whose names agree up to the first dot of the last path component."""
     samples: list[SampleIndex] = []
-    current_key, members = None, {}
+    current_key: str | None = None
+    members: dict[str, tuple[int, int]] = {}
     for name, offset, size in scan_members(path):
         folder, _, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
@@ -325,7 +335,9 @@ class ShardReader:
                 raise UserError(f"{path} is named in {MANIFEST} but missing. Prepare the corpus again.")
             samples = index_shard(path)
             if len(samples) != shard.samples:
-                raise UserError(f"{path} holds {len(samples)} samples, its manifest says {shard.samples}. Prepare the corpus again.")
+                raise UserError(
+                    f"{path} holds {len(samples)} samples, its manifest says {shard.samples}. Prepare the corpus again."
+                )
             self._indexes[number] = samples
         return number, self._indexes[number][position - self._starts[number]]
 

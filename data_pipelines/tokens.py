@@ -28,7 +28,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder} holds no tokeniser (no tokenizer_config.json). Set decoder.tokenizer to a folder that does.")
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokeniser has no end-of-text token, which separates documents. Set eos_token in its config.")
+        raise UserError(
+            f"{folder}: the tokeniser has no end-of-text token, which separates documents. Set eos_token in its config."
+        )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     return tokenizer
@@ -38,7 +40,9 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))  # type: ignore[arg-type]
 
 
-def encode_parts(parts: Sequence[str | Image | Any], tokenizer: PreTrainedTokenizerBase, num_image_tokens: int) -> tuple[list[int], list[int]]:
+def encode_parts(
+    parts: Sequence[str | Image | Any], tokenizer: PreTrainedTokenizerBase, num_image_tokens: int
+) -> tuple[list[int], list[int]]:
     """Token ids of a document or prompt, and the position of each image's first token.
 
     Anything in `parts` that is not a string counts as an image. Special tokens written out in the text ("<image>",

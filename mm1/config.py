@@ -32,7 +32,9 @@ class DecoderConfig:
         if self.path is None and "model_type" not in self.architecture:
             raise UserError("decoder: give decoder.path, or decoder.architecture.model_type with the sizes of a new model.")
         if self.path is not None and self.architecture:
-            raise UserError(f"decoder.path={self.path} brings its own architecture; decoder.architecture must then be empty ({{}}).")
+            raise UserError(
+                f"decoder.path={self.path} brings its own architecture; decoder.architecture must then be empty ({{}})."
+            )
         if self.train not in TRAIN_MODES:
             raise UserError(f"decoder.train={self.train}: must be one of {', '.join(TRAIN_MODES)}.")
         if self.lr_scale <= 0:
@@ -150,7 +152,8 @@ class TrainConfig:
         self.packing.validate(self.image_tokens)
         if self.train.global_batch % self.engine.micro_batch:
             raise UserError(
-                f"train.global_batch={self.train.global_batch} must be a multiple of engine.micro_batch={self.engine.micro_batch}."
+                f"train.global_batch={self.train.global_batch} must be a multiple of "
+                f"engine.micro_batch={self.engine.micro_batch}."
             )
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}.")

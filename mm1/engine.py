@@ -1,8 +1,9 @@
 """DeepSpeed: the one place that knows it.
 
-One process without a launcher, `deepspeed --num_accelerators N --no_local_rank --module mm1.train ...` on one machine, or a hostfile over
-many: all arrive here with RANK, LOCAL_RANK and WORLD_SIZE in the environment (or none of them) and leave with an Engine. The precision,
-ZeRO stage, accumulation and clipping of the configuration become DeepSpeed's; `engine.deepspeed` is merged over them.
+One process without a launcher, `deepspeed --num_accelerators N --no_local_rank --module mm1.train ...` on one machine, or a
+hostfile over many: all arrive here with RANK, LOCAL_RANK and WORLD_SIZE in the environment (or none of them) and leave with an
+Engine. The precision, ZeRO stage, accumulation and clipping of the configuration become DeepSpeed's; `engine.deepspeed` is merged
+over them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Workers:
             if self.world == 1:
                 # Shared-memory collectives are of no use to one process, and compiling them would take it half a minute.
                 deepspeed.comm.torch.build_shm_op = lambda: None
-            deepspeed.init_distributed(dist_backend="nccl" if self.kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+            backend = "nccl" if self.kind == "cuda" else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
     @property
     def main(self) -> bool:
@@ -107,11 +109,13 @@ class Engine:
         import deepspeed
 
         self.workers, self.settings = workers, settings
-        for parameter in model.parameters():  # DeepSpeed broadcasts weights as flat bytes: channels_last ones have to be laid out plainly
+        # DeepSpeed broadcasts weights as flat bytes: channels_last ones have to be laid out plainly
+        for parameter in model.parameters():
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype).copy_(parameter.data)
         share = global_batch // workers.world
         self.accumulation = share // settings.micro_batch
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=settings.zero_stage < 3 or None)
+        betas, fused = (optim.beta1, optim.beta2), settings.zero_stage < 3 or None
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=fused)
         config: dict[str, Any] = {
             "train_batch_size": global_batch,
             "train_micro_batch_size_per_gpu": settings.micro_batch,
@@ -138,8 +142,8 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """`loss`: this micro-batch's share of the *global* loss, a sum over tokens already divided by the global token count.
 
-        DeepSpeed divides by the accumulation steps and averages over ranks; both are undone here, so that gradients add up to exactly
-        those of one process with the whole batch, however the tokens are spread.
+        DeepSpeed divides by the accumulation steps and averages over ranks; both are undone here, so that gradients add up to
+        exactly those of one process with the whole batch, however the tokens are spread.
         """
         self.deepspeed.backward(loss * (self.accumulation * self.workers.world))
 
@@ -172,13 +176,14 @@ class Engine:
         self.workers.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go back to a saved state; returns what was given to `save`. Raises UserError for one saved by another number of processes."""
+        """Go back to a saved state; returns what was given to `save`. UserError for one saved by another number of processes."""
         with _quiet(), _weights_only():
             try:
                 path, state = self.deepspeed.load_checkpoint(str(folder), tag="state")
             except Exception as error:
                 raise UserError(
-                    f"{folder} cannot be resumed with {self.workers.world} processes and engine.zero_stage={self.settings.zero_stage}: "
+                    f"{folder} cannot be resumed with {self.workers.world} processes and "
+                    f"engine.zero_stage={self.settings.zero_stage}: "
                     f"{str(error).splitlines()[0][:300] if str(error) else type(error).__name__}"
                 ) from error
         if path is None:
@@ -197,7 +202,7 @@ class Engine:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Let torch.load inside DeepSpeed unpickle tensors and plain values only, plus the few optimiser classes DeepSpeed itself stores."""
+    """Let torch.load inside DeepSpeed unpickle tensors and plain values only, and the few optimiser classes DeepSpeed stores."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

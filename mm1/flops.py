@@ -1,7 +1,8 @@
 """Floating-point operations of a training step, and the machine's peak: model FLOPs utilisation with the vision tower counted.
 
-    decoder     2 N tokens + 4 L W pairs + 2 D V labels     N parameters without embeddings, L layers, W attention width, pairs = query-key
-                                                            pairs that may see each other (causal, within documents), V vocabulary
+    decoder     2 N tokens + 4 L W pairs + 2 D V labels     N parameters without embeddings, L layers, W attention width, pairs =
+                                                            query-key pairs that may see each other (causal, within documents),
+                                                            V vocabulary
     encoder, connector                                      their own flops_per_image()
     training    3 x forward (one for the forward, two for the backward pass), 1 x for a frozen encoder
 
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from mm1.model.multimodal import MultimodalLM
 
 # Dense peak of the matrix units in FLOP/s, from NVIDIA's data sheets (without sparsity): (bf16, TF32).
-GPU_PEAKS = {"H100": (989e12, 495e12), "H200": (989e12, 495e12), "A100": (312e12, 156e12), "L40S": (362e12, 183e12), "B200": (2250e12, 1125e12)}
+GPU_PEAKS = {
+    "H100": (989e12, 495e12),
+    "H200": (989e12, 495e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "B200": (2250e12, 1125e12),
+}
 
 
 class StepFlops:
@@ -34,7 +41,8 @@ class StepFlops:
         self.per_token = 2 * parameters_without_embeddings(model.decoder)
         self.per_pair = 4 * text.num_hidden_layers * text.num_attention_heads * head_dim
         self.per_label = 2 * text.hidden_size * text.vocab_size
-        self.per_image = (3 if encoder_trains else 1) * model.image_encoder.flops_per_image() + 3 * model.connector.flops_per_image()
+        encoder = (3 if encoder_trains else 1) * model.image_encoder.flops_per_image()
+        self.per_image = encoder + 3 * model.connector.flops_per_image()
 
     def __call__(self, batch: PackedBatch) -> int:
         """Forward and backward FLOPs of one micro-batch."""
@@ -46,7 +54,7 @@ class StepFlops:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s the device could do at most: a GPU's data sheet, None for one not listed; a CPU is measured with one large product."""
+    """FLOP/s the device could do at most: a GPU's data sheet, None for one not listed; a CPU is timed on one large product."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

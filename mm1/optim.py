@@ -1,7 +1,8 @@
 """The optimiser's laws: peak learning rate, weight decay, schedule, parameter groups.
 
-    eta(N) = exp(-0.4214 ln N - 0.5535)      N = decoder parameters without embeddings (MM1, section 3.1; grid searches at 9M to 1.2B)
-    lambda = 0.1 eta                         decoupled weight decay; torch's AdamW multiplies by the learning rate itself, so it is told 0.1
+    eta(N) = exp(-0.4214 ln N - 0.5535)      N = decoder parameters without embeddings (MM1, section 3.1; searched at 9M to 1.2B)
+    lambda = 0.1 eta                         decoupled weight decay; torch's AdamW multiplies by the learning rate itself, so it
+                                             is told 0.1
     lr(t)  = eta * t / warmup                while warming up, then a cosine from eta to final_lr * eta at the last step
 """
 
@@ -11,6 +12,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from mm1.config import OptimConfig, TrainConfig
     from mm1.model.multimodal import MultimodalLM
 
@@ -44,7 +47,8 @@ def parameter_groups(model: MultimodalLM, config: TrainConfig) -> list[dict[str,
         module.requires_grad_(train == "full")
         if train == "frozen":
             continue
-        decayed, plain = [], []
+        decayed: list[torch.nn.Parameter] = []
+        plain: list[torch.nn.Parameter] = []
         for parameter in module.parameters():
             (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
         for label, members, decay in (("decayed", decayed, config.optim.weight_decay), ("plain", plain, 0.0)):

@@ -9,8 +9,8 @@
         export/            save_pretrained folder with the tokeniser: to evaluate, share, or load with from_pretrained
         results/           few-shot results (eval/)
 
-The hash covers what changes the weights and nothing else, so starting the same training again finds it: finished, it is not repeated;
-interrupted, it goes on.
+The hash covers what changes the weights and nothing else, so starting the same training again finds it: finished, it is not
+repeated; interrupted, it goes on.
 """
 
 from __future__ import annotations
@@ -167,8 +167,11 @@ def find_run(name_or_path: str) -> Run:
     finished = [folder for folder in named if Run(folder).finished] or named
     if len(finished) == 1:
         return Run(finished[0])
-    listing = "".join(f"\n  {folder.name}  ({Run(folder).info.get('status', '?')})" for folder in finished or folders) or " none yet"
-    problem = f"run={name_or_path} fits {len(finished)} runs; give the whole name" if finished else f"no run named {name_or_path!r}"
+    listed = [f"\n  {folder.name}  ({Run(folder).info.get('status', '?')})" for folder in finished or folders]
+    listing = "".join(listed) or " none yet"
+    problem = f"no run named {name_or_path!r}"
+    if finished:
+        problem = f"run={name_or_path} fits {len(finished)} runs; give the whole name"
     raise UserError(f"{problem}. In {paths.runs()}:{listing}")
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def main(config: TrainConfig) -> int:
     """Train an image encoder, a connector and a decoder together on a mixture of captions, interleaved documents and text.
 
-    Without arguments: the base configuration (C-Abstractor) at scale tiny, on two CPU cores, on the starter corpus. An ablation changes
-    one thing: +ablation=connector_avgpool. Two at once: +ablation=[connector_avgpool,data_no_text]. A killed training goes on where its
-    last checkpoint stood; a finished one is not repeated.
+    Without arguments: the base configuration (C-Abstractor) at scale tiny, on two CPU cores, on the starter corpus. An ablation
+    changes one thing: +ablation=connector_avgpool. Two at once: +ablation=[connector_avgpool,data_no_text]. A killed training
+    goes on where its last checkpoint stood; a finished one is not repeated.
     """
     from data_pipelines.prepare import ensure_corpus
 
@@ -82,9 +82,11 @@ def _train(config: TrainConfig, run: Run, corpus: Path, workers: Workers) -> int
     losses = validation_losses(model, batches, workers.device)
     trainer.export(tokenizer)
     if workers.main:
-        run.update(status="finished", steps=config.train.steps, validation=losses, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        run.update(status="finished", steps=config.train.steps, validation=losses, finished=finished)
         run.update(**run_counters(seen))
-        say("Held-out loss (nats a token): " + ", ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items()))
+        held_out = ", ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
+        say(f"Held-out loss (nats a token): {held_out}")
         say(f"Trained in {seen['seconds']:.0f} s: {run.folder}")
         say(f"Evaluate it: python -m eval.fewshot run={run.folder.name}")
     return 0
@@ -150,7 +152,8 @@ def validation_batches(config: TrainConfig, corpus: Path, tokenizer: Any) -> lis
 
 
 def _description(config: TrainConfig, parameters: dict[str, int], peak_lr: float, stream: LaneStream) -> str:
-    parts = ", ".join(f"{name.replace('_', ' ')} {parameters[name] / 1e6:.2f}M" for name in ("image_encoder", "connector", "decoder"))
+    names = ("image_encoder", "connector", "decoder")
+    parts = ", ".join(f"{name.replace('_', ' ')} {parameters[name] / 1e6:.2f}M" for name in names)
     mixture = ", ".join(f"{name} {source.ratio:.0%}" for name, source in config.data.sources.items() if source.ratio)
     return (
         f"  parameters: {parts}; {parameters['trainable'] / 1e6:.2f}M trained\n"

@@ -114,7 +114,8 @@ class Trainer:
         flops = sum(self.flops(b) for b in micro_batches)
         labelled = sum(b.loss_tokens for b in micro_batches)
         # The wish to stop travels with the counts: all processes act on it at the same step.
-        tokens, images, flops, labelled, stops = self.workers.sum([tokens, images, flops, labelled, float(stopping)])
+        counts = [float(count) for count in (tokens, images, flops, labelled, stopping)]
+        tokens, images, flops, labelled, stops = map(int, self.workers.sum(counts))
         by_kind = torch.zeros(2, len(KINDS), dtype=torch.float64)
         z_loss = self.config.optim.z_loss
         for batch in micro_batches:

@@ -30,8 +30,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpora") / "tiny")
 
 
-def stream(corpus: Path, policy: str = "first_fit", seed: int = 0, seq_len: int = 96, ratios: tuple[float, ...] = (0.45, 0.45, 0.1)) -> LaneStream:
-    data = DataConfig(str(corpus), {name: SourceConfig(name, ratio) for name, ratio in zip(("captions", "interleaved", "text"), ratios, strict=True)})
+def stream(
+    corpus: Path, policy: str = "first_fit", seed: int = 0, seq_len: int = 96, ratios: tuple[float, ...] = (0.45, 0.45, 0.1)
+) -> LaneStream:
+    shares = zip(("captions", "interleaved", "text"), ratios, strict=True)
+    data = DataConfig(str(corpus), {name: SourceConfig(name, ratio) for name, ratio in shares})
     packing = PackingConfig(seq_len=seq_len, max_images=4, policy=policy, open_sequences=3)
     return LaneStream(corpus, data, packing, tokenizer(), image_tokens=M, global_batch=LANES, seed=seed)
 
@@ -44,7 +47,8 @@ def digests(items: Any) -> list[tuple[int, int, str]]:
 def test_any_split_into_ranks_gives_one_stream(corpus: Path, policy: str) -> None:
     whole = sorted(digests(islice(stream(corpus, policy).lanes(list(range(LANES))), LANES * 6)))
     for world in (2, 3, 4, 12):
-        parts = [islice(stream(corpus, policy).lanes(list(range(rank, LANES, world))), LANES // world * 6) for rank in range(world)]
+        owned = [list(range(rank, LANES, world)) for rank in range(world)]
+        parts = [islice(stream(corpus, policy).lanes(lanes), LANES // world * 6) for lanes in owned]
         assert sorted(d for part in parts for d in digests(part)) == whole
 
 
@@ -68,7 +72,9 @@ def test_another_seed_is_another_stream(corpus: Path) -> None:
     assert len({d for *_, d in first} & {d for *_, d in second}) < len(first) / 4
 
 
-@pytest.mark.parametrize(("policy", "seq_len"), [("first_fit", 96), ("concat", 96), ("single", 96), ("concat", 41), ("first_fit", 41)])
+@pytest.mark.parametrize(
+    ("policy", "seq_len"), [("first_fit", 96), ("concat", 96), ("single", 96), ("concat", 41), ("first_fit", 41)]
+)
 def test_every_token_of_every_document_is_delivered_once_an_epoch(corpus: Path, policy: str, seq_len: int) -> None:
     manifest = Manifest.load(corpus)
     samples = manifest.split("text", "train").samples
@@ -141,13 +147,14 @@ def test_images_meet_their_own_text(corpus: Path) -> None:
 def test_workers_change_nothing(corpus: Path) -> None:
     def rows(workers: int) -> list[list[int]]:
         loader = PackedLoader(stream(corpus), image_size=8, micro_batch=3, world=2, rank=1, workers=workers)
-        return [batch.input_ids.flatten().tolist() + batch.images.flatten().tolist() for step in islice(loader, 3) for batch in step]
+        batches = [batch for step in islice(loader, 3) for batch in step]
+        return [batch.input_ids.flatten().tolist() + batch.images.flatten().tolist() for batch in batches]
 
     assert rows(0) == rows(1) == rows(2)
 
 
 def test_impossible_division_is_refused(corpus: Path) -> None:
-    with pytest.raises(UserError, match="global_batch=12.*5 processes"):
+    with pytest.raises(UserError, match=r"global_batch=12.*5 processes"):
         PackedLoader(stream(corpus), image_size=8, micro_batch=1, world=5)
 
 
@@ -211,7 +218,8 @@ def test_the_index_reads_what_the_webdataset_library_reads(corpus: Path) -> None
         ours = index_shard(shard)
         assert [s.key for s in ours] == [s["__key__"] for s in theirs]
         for mine, other in zip(ours, theirs, strict=True):
-            assert {e: data[o : o + n] for e, (o, n) in mine.members.items()} == {e: v for e, v in other.items() if not e.startswith("__")}
+            members = {extension: value for extension, value in other.items() if not extension.startswith("__")}
+            assert {e: data[o : o + n] for e, (o, n) in mine.members.items()} == members
 
 
 @pytest.mark.parametrize("cut_at", [100, 511, 700, 1400, -1024, -600])

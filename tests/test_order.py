@@ -39,7 +39,8 @@ def test_every_epoch_is_whole_and_its_own() -> None:
 
 def test_keyed_is_the_same_in_another_process() -> None:
     code = "from data_pipelines.order import keyed; print(keyed(7, 'order', 'captions', 0))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "123"})
+    environment = {"PYTHONHASHSEED": "123"}
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert int(other.stdout) == keyed(7, "order", "captions", 0)
 
 

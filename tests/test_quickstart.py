@@ -45,7 +45,8 @@ def test_from_nothing_to_a_table(home: Path, tmp_path: Path) -> None:
     # The table's numbers are the evaluation's, and a second call of everything finds finished work and changes nothing.
     summaries = {p: p.read_text() for p in home.rglob("summary.json")}
     assert len(summaries) == 2
-    scores = {round(s["mean"], 3) for text in summaries.values() for t in json.loads(text)["tasks"].values() for s in t["shots"].values()}
+    tasks = [task for text in summaries.values() for task in json.loads(text)["tasks"].values()]
+    scores = {round(shot["mean"], 3) for task in tasks for shot in task["shots"].values()}
     assert {round(float(row["value"]), 3) for row in rows if row["task"] != "mean"} <= scores
     assert "Already trained" in run(
         home, elsewhere, "mm1.train", "data=shapes", *TRAIN_OVERRIDES, "+ablation=connector_avgpool", "packing.seq_len=192"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -43,7 +45,8 @@ def test_the_papers_base_configuration() -> None:
     images = torch.zeros(2, 3, 336, 336, dtype=torch.uint8, device="meta")
     assert model.encode_images(images).shape == (2, 144, 2048)
     # One image: 382 GFLOPs of tower forward (open_clip's profile), thrice that to train it.
-    assert StepFlops(model, encoder_trains=True).per_image == pytest.approx(3 * (382e9 + model.connector.flops_per_image()), rel=0.02)
+    forward = 382e9 + model.connector.flops_per_image()
+    assert StepFlops(model, encoder_trains=True).per_image == pytest.approx(3 * forward, rel=0.02)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("mm1_9m", 9e6), ("mm1_85m", 85e6), ("mm1_302m", 302e6), ("mm1_1b2", 1.2e9)])
@@ -57,8 +60,8 @@ def test_decoder_sizes_are_the_papers(name: str, parameters: float) -> None:
 @pytest.mark.parametrize("scale", ["tiny", "small", "mm1"])
 @pytest.mark.parametrize(
     "ablation",
-    ["connector_avgpool", "connector_attnpool", "connector_cabstractor", "data_captions_only", "data_interleaved_only", "data_no_text",
-     "resolution_high", "encoder_frozen"],
+    ["connector_avgpool", "connector_attnpool", "connector_cabstractor", "data_captions_only", "data_interleaved_only",
+     "data_no_text", "resolution_high", "encoder_frozen"],
 )  # fmt: skip
 def test_every_ablation_composes_at_every_scale_and_changes_one_thing(scale: str, ablation: str) -> None:
     base = compose("train", TrainConfig, [f"scale={scale}"]).identity()
@@ -68,7 +71,9 @@ def test_every_ablation_composes_at_every_scale_and_changes_one_thing(scale: str
     assert sections == (set() if ablation == "connector_cabstractor" else expected[ablation.partition("_")[0]])
 
 
-@pytest.mark.parametrize(("n", "rate"), [(9e6, 6.7e-4), (85e6, 2.6e-4), (302e6, 1.5e-4), (1.2e9, 8.6e-5), (3e9, 5.8e-5), (30e9, 2.2e-5)])
+@pytest.mark.parametrize(
+    ("n", "rate"), [(9e6, 6.7e-4), (85e6, 2.6e-4), (302e6, 1.5e-4), (1.2e9, 8.6e-5), (3e9, 5.8e-5), (30e9, 2.2e-5)]
+)
 def test_the_learning_rate_law(n: float, rate: float) -> None:
     assert peak_learning_rate(int(n)) == pytest.approx(rate, rel=0.03)
 
@@ -79,4 +84,4 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth() -> None:
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))

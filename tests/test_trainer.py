@@ -1,4 +1,4 @@
-"""Training through its command: learning, resuming, several processes, interruption, refusal. Each run is a process of its own."""
+"""Training through its command: learning, resuming, several processes, interruption, refusal. Each run is its own process."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def curve(home: Path) -> list[tuple[float, float]]:
 def test_a_few_documents_are_learned_by_heart(home: Path, corpus: Path) -> None:
     """Eight colours, one sentence each: with the pictures the captions are certain but for a random number."""
     output = train(
-        home, corpus, "train.steps=160", "optim.peak_lr=6e-3", "data.sources.captions.ratio=1", "data.sources.interleaved.ratio=0",
-        "data.sources.text.ratio=0", "train.log_every=20", "train.validation_sequences=4",
+        home, corpus, "train.steps=160", "optim.peak_lr=6e-3", "data.sources.captions.ratio=1",
+        "data.sources.interleaved.ratio=0", "data.sources.text.ratio=0", "train.log_every=20", "train.validation_sequences=4",
     )  # fmt: skip
     rows = metrics(home)
     assert rows[0]["loss"] > 3
@@ -107,7 +107,8 @@ def test_two_processes_compute_what_one_does(home: Path, corpus: Path, one_proce
 def test_a_killed_run_resumes_to_the_same_numbers(home: Path, corpus: Path, one_process: Path, zero_stage: int) -> None:
     """kill -9 after a checkpoint; the next start ends with the very curve of the run that was never interrupted."""
     overrides = (f"engine.zero_stage={zero_stage}", "train.checkpoint_every=4")
-    process = subprocess.Popen(command(corpus, *overrides), env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command(corpus, *overrides), env=environment(home), **silent)
     deadline = time.time() + 120
     while not list(home.glob("runs/*/checkpoints/step-0000004")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -170,7 +171,8 @@ def test_without_a_corpus_the_command_that_makes_it_is_named(home: Path) -> None
 
 def test_the_deepspeed_launcher(home: Path, corpus: Path) -> None:
     port = "29871"
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port, "--module", "mm1.train"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
+    launcher += ["--module", "mm1.train"]
     arguments = command(corpus, "engine.micro_batch=2", "train.steps=4")[3:]
     result = subprocess.run([*launcher, *arguments], env=environment(home), capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]

@@ -22,7 +22,8 @@ def read(members: Mapping[str, bytes], origin: Origin) -> Document:
     parts: list[str | Image] = []
     for slot, (image, span) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (span is None):
-            raise UserError(f"{origin}: slot {slot} must hold either an image or a text, and holds {'neither' if image is None else 'both'}.")
+            held = "neither" if image is None else "both"
+            raise UserError(f"{origin}: slot {slot} must hold either an image or a text, and holds {held}.")
         if image is None:
             parts.append(span)
         elif image in members:

@@ -33,7 +33,7 @@ def build_decoder(settings: DecoderConfig, vocab_size: int, special: dict[str, i
     """A decoder whose vocabulary holds the tokeniser's, in float32 on the CPU.
 
     `special`: token ids by name (eos_token_id, bos_token_id, pad_token_id). New weights come from torch's global generator, which
-    the caller has seeded; weights from `decoder.path` are loaded from safetensors only, and their vocabulary is enlarged if need be.
+    the caller has seeded; weights from `decoder.path` are read from safetensors only, their vocabulary is enlarged if need be.
     """
     from transformers import AutoModelForCausalLM
 
@@ -41,8 +41,11 @@ def build_decoder(settings: DecoderConfig, vocab_size: int, special: dict[str, i
     if settings.path is not None:
         import torch
 
-        decoder = AutoModelForCausalLM.from_pretrained(settings.path, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        if decoder.get_input_embeddings().num_embeddings < vocab_size:
+        decoder = AutoModelForCausalLM.from_pretrained(
+            settings.path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+        embeddings: Any = decoder.get_input_embeddings()
+        if embeddings.num_embeddings < vocab_size:
             decoder.resize_token_embeddings(vocab_size)
     else:
         architecture.vocab_size = vocab_size
@@ -54,5 +57,6 @@ def build_decoder(settings: DecoderConfig, vocab_size: int, special: dict[str, i
 
 def parameters_without_embeddings(decoder: PreTrainedModel) -> int:
     """N of the learning-rate law: all parameters but the input and output embeddings."""
-    embeddings = {id(p) for module in (decoder.get_input_embeddings(), decoder.get_output_embeddings()) if module for p in module.parameters()}
+    ends = (decoder.get_input_embeddings(), decoder.get_output_embeddings())
+    embeddings = {id(p) for module in ends if module for p in module.parameters()}
     return sum(p.numel() for p in decoder.parameters() if id(p) not in embeddings)

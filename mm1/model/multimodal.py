@@ -3,9 +3,10 @@
     images (N, 3, H, H) uint8 -> image encoder -> (N, P, C) patches -> connector -> (N, M, D) image tokens
     input_ids (B, S) -> embeddings (B, S, D), image tokens written over the <image> marks -> decoder -> logits
 
-`save_pretrained`, `from_pretrained`, safetensors and `generate` are transformers' own. Documents packed into one sequence are kept apart
-by `document_ids` and restarting `position_ids` (see data_pipelines/batch.py). Logits are computed only where a label stands: with
-image tokens and padding left out that is about half the positions, and the vocabulary is the widest matrix of a small decoder.
+`save_pretrained`, `from_pretrained`, safetensors and `generate` are transformers' own. Documents packed into one sequence are
+kept apart by `document_ids` and restarting `position_ids` (see data_pipelines/batch.py). Logits are computed only where a label
+stands: with image tokens and padding left out that is about half the positions, and the vocabulary is the widest matrix of a
+small decoder.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from data_pipelines.batch import IGNORE
 from data_pipelines.errors import UserError
 from mm1.model.connector import build_connector
-from mm1.model.image_encoder import build_image_encoder
+from mm1.model.image_encoder import ImageEncoder, build_image_encoder
 
 
 class MultimodalConfig(PretrainedConfig):
@@ -66,8 +67,8 @@ class MultimodalConfig(PretrainedConfig):
 
 @dataclass
 class MultimodalOutput(CausalLMOutputWithPast):
-    """With labels: `loss` is the mean over labelled positions; `token_losses` float32 (T,) are theirs in row-major order, `token_z` the
-    squared log-partition at each (for z-loss), and `token_rows` int64 (T,) the batch row each stands in."""
+    """With labels: `loss` is the mean over labelled positions; `token_losses` float32 (T,) are theirs in row-major order,
+    `token_z` the squared log-partition at each (for z-loss), and `token_rows` int64 (T,) the batch row each stands in."""
 
     token_losses: torch.Tensor | None = None
     token_z: torch.Tensor | None = None
@@ -87,21 +88,22 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         config: MultimodalConfig,
-        image_encoder: torch.nn.Module | None = None,
+        image_encoder: ImageEncoder | None = None,
         decoder: PreTrainedModel | None = None,
     ) -> None:
         """Parts given are taken as they are (with their weights); parts not given are built from the configuration."""
         super().__init__(config)
         self.image_encoder = image_encoder or build_image_encoder(config.image_encoder, load_weights=False)
         self.decoder = decoder if decoder is not None else AutoModelForCausalLM.from_config(config.text_config)
+        embeddings: Any = self.decoder.get_input_embeddings()
         self.connector = build_connector(
             config.connector,
             in_width=self.image_encoder.width,
             grid=self.image_encoder.grid,
-            out_width=self.decoder.get_input_embeddings().embedding_dim,
+            out_width=embeddings.embedding_dim,
         )
         for module in self.decoder.modules():
-            # from_pretrained leaves the non-persistent buffers (rotary frequencies) of a nested model uninitialised: save them instead.
+            # from_pretrained leaves a nested model's non-persistent buffers (rotary frequencies) uninitialised: they are saved.
             module._non_persistent_buffers_set.clear()
         self._keep: torch.Tensor | None = None
         head = self.decoder.get_output_embeddings()
@@ -122,7 +124,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         """Encoder, connector and decoder initialise themselves when they are built."""
 
     def _keep_labelled(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        # Before the output embeddings, so that whatever a decoder does to its logits (scaling, soft-capping) still happens to them.
+        # Before the output embeddings: whatever a decoder does to its logits (scaling, soft-capping) still happens to them.
         return None if self._keep is None else (args[0][self._keep],)
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -141,11 +143,13 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             patches = self.image_encoder(images)
         return self.connector(patches).to(self.get_input_embeddings().weight.dtype)
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None, image_slots: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self, input_ids: torch.Tensor, image_features: torch.Tensor | None, image_slots: torch.Tensor | None
+    ) -> torch.Tensor:
         """Token embeddings (B, S, D) with the image tokens (N, M, D) written over their slots.
 
-        Without `image_slots` the slots are the runs of <image> marks in `input_ids`, row by row. Raises UserError if marks and images
-        do not agree in number.
+        Without `image_slots` the slots are the runs of <image> marks in `input_ids`, row by row. Raises UserError if marks and
+        images do not agree in number.
         """
         embeddings = self.get_input_embeddings()(input_ids)
         if image_features is None or len(image_features) == 0:
@@ -181,8 +185,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     ) -> MultimodalOutput:
         """Shapes as in data_pipelines/batch.py. `image_features` (N, M, D) replaces `images` where they are already encoded.
 
-        `document_ids` (B, S) restricts attention to within documents; `attention_mask` (B, S) marks padding, for generation. `labels` are
-        already shifted (labels[b, s] is what position s must predict); with them, logits are (T, V) over the T labelled positions.
+        `document_ids` (B, S) restricts attention to within documents; `attention_mask` (B, S) marks padding, for generation.
+        `labels` are already shifted (labels[b, s] is what position s must predict); with them, logits are (T, V) over the T
+        labelled positions.
         """
         unused = None
         if inputs_embeds is None:
@@ -190,8 +195,8 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             if image_features is None and images is not None and len(images):
                 image_features = self.encode_images(images)
             elif image_features is None and self.training:
-                # No image in this micro-batch: the tower still runs, on a blank picture of no effect, because under ZeRO-3 (and with
-                # gradient hooks in general) a rank that skips it leaves the others waiting for its collectives.
+                # No image in this micro-batch: the tower still runs, on a blank picture of no effect, because under ZeRO-3 (and
+                # with gradient hooks in general) a rank that skips it leaves the others waiting for its collectives.
                 size = self.config.image_size
                 unused = self.encode_images(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=input_ids.device)).sum() * 0
             inputs_embeds = self.embed(input_ids, image_features, image_slots)
@@ -230,10 +235,11 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             token_rows=labelled.nonzero()[:, 0],
         )
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+    # transformers types its ids as LongTensor and its self as a protocol that no PreTrainedModel meets
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Images go in with the prompt and are part of the cache from then on."""
         first = kwargs.get("is_first_iteration", False)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
         if not first:
             for name in ("images", "image_slots", "image_features"):
                 inputs.pop(name, None)
