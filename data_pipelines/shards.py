@@ -93,13 +93,16 @@ class Manifest:
     tasks: dict[str, Task] = field(default_factory=dict)
     packages: list[Package] = field(default_factory=list)
     tokenizer: str | None = None
+    tokenizer_sha256: str | None = None
+    """Of the folder's tokenizer.json; filled in when the manifest is saved."""
     settings: dict[str, object] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all shard hashes: two corpora with one fingerprint hold the same bytes in the same shards."""
-        names = [
+        """SHA-256 (hex) over the hashes of all shards and of the tokeniser: one fingerprint, the same bytes cut into the same tokens."""
+        names = [f"tokenizer/{self.tokenizer_sha256}"] if self.tokenizer_sha256 else []
+        names += [
             f"{source}/{split}/{shard.sha256}"
             for source, splits in sorted(self.splits.items())
             for split, content in sorted(splits.items())
@@ -109,6 +112,8 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write the manifest last and in one move: a folder with a manifest is a finished corpus."""
+        vocabulary = folder / (self.tokenizer or "") / "tokenizer.json"
+        self.tokenizer_sha256 = sha256_of(vocabulary) if self.tokenizer and vocabulary.is_file() else None
         text = json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1, ensure_ascii=False)
         partial = folder / (MANIFEST + ".partial")
         partial.write_text(text + "\n", encoding="utf-8")
