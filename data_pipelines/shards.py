@@ -100,7 +100,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over the hashes of all shards and of the tokeniser: one fingerprint, the same bytes cut into the same tokens."""
+        """SHA-256 (hex) over the hashes of shards and tokeniser: one fingerprint, the same bytes cut into the same tokens."""
         names = [f"tokenizer/{self.tokenizer_sha256}"] if self.tokenizer_sha256 else []
         names += [
             f"{source}/{split}/{shard.sha256}"
