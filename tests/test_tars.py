@@ -186,10 +186,11 @@ def test_two_preparations_have_one_fingerprint_also_of_moved_shards(config: Tars
     assert Manifest.load(prepare(config, force=True)).fingerprint == first
     moved = tmp_path / "elsewhere"
     shards.rename(moved)
-    there = TarsConfig(
-        name="moved", captions=str(moved / "cap-*.tar"), interleaved=str(moved / "page-*.tar"), text=str(moved / "text-*.tar")
-    )
+    patterns = {"captions": "cap-*.tar", "interleaved": "page-*.tar", "text": "text-*.tar"}
+    there = replace(config, name="moved", **{source: str(moved / pattern) for source, pattern in patterns.items()})
     assert Manifest.load(prepare(there)).fingerprint == first
+    smaller = replace(there, name="smaller", vocab_size=there.vocab_size - 10)
+    assert Manifest.load(prepare(smaller)).fingerprint != first  # other tokens of the same bytes
 
 
 # ------------------------------------------------------------------------------------------------------- what is named

@@ -169,6 +169,27 @@ def test_without_a_corpus_the_command_that_makes_it_is_named(home: Path) -> None
     assert "data_pipelines.prepare" in output
 
 
+def test_a_decoder_from_a_folder_brings_weights_and_tokeniser(home: Path, corpus: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from tests.corpus import tokenizer
+    from tests.models import LLAMA
+
+    folder = tmp_path / "language_model"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA, vocab_size=len(tokenizer()))).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    chosen = [o for o in TRAIN_OVERRIDES if not o.startswith("decoder.")]
+    overrides = [*chosen, "decoder=pretrained", f"decoder.path={folder}", "decoder.train=frozen", "train.steps=4"]
+    arguments = [sys.executable, "-m", "mm1.train", f"data.corpus={corpus}", *overrides]
+    result = subprocess.run(arguments, env=environment(home), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    export = the_run(home) / "export"
+    assert len(AutoTokenizer.from_pretrained(export)) == len(tokenizer())
+    trained = AutoModelForCausalLM.from_pretrained(export)
+    for name, weight in AutoModelForCausalLM.from_pretrained(folder).state_dict().items():
+        assert (trained.decoder.state_dict()[name] == weight).all(), name  # frozen: to the bit
+
+
 def test_the_deepspeed_launcher(home: Path, corpus: Path) -> None:
     port = "29871"
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
