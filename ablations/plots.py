@@ -27,8 +27,8 @@ from ablations.selection import select
 from ablations.statistics import t_quantile
 from ablations.table import Block, Table, build
 from configs.command import command
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,10 +6,8 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ablations.table import Block, Cell, Resources, Row, Table
+from ablations.cells import Block, Cell, Resources, Row, Table
 
 CSV_COLUMNS = [
     "task", "metric", "chance", "variant", "control", "seeds", "shots", "value", "se", "se_items", "se_seeds", "n", "clusters",

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from ablations.statistics import Scores
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 
 VERSION = 1
 COUNTERS = ("tokens_seen", "loss_tokens_seen", "images_seen", "steps", "flops", "seconds")

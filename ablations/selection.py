@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ablations.results import Evaluation, Run, find_runs, read_run, run_folders
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 
 
 @dataclass

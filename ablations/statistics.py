@@ -25,7 +25,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval import statistics as item_statistics
 
 Array = np.ndarray

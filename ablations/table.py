@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from ablations import statistics as st
+from ablations.cells import Block, Cell, Detectable, Resources, Row, Table
 from ablations.results import Evaluation
 from ablations.selection import Selection, Variant, select
 from configs.command import command
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 
 
 @dataclass
@@ -44,81 +45,6 @@ class TableConfig:
             raise UserError(f"interval={self.interval}: must be t or bootstrap.")
         if not 0 <= self.match_within < 1:
             raise UserError(f"match_within={self.match_within}: must be a share in [0, 1), such as 0.01 for one per cent.")
-
-
-# ------------------------------------------------------------------------------------------------------- data structure
-
-
-@dataclass
-class Cell:
-    """A score in points. `difference` is to the baseline, a control's to its own run; `p_holm` is corrected within the block."""
-
-    score: st.Combined
-    difference: st.Difference | None = None
-    difference_has_seeds: bool = False
-    p_holm: float | None = None
-
-    @property
-    def significant(self) -> bool:
-        return self.p_holm is not None and self.p_holm < 0.05
-
-
-@dataclass
-class Row:
-    label: str
-    control: str | None
-    seeds: list[int]
-    matched: bool
-    cells: dict[int, Cell]
-
-
-@dataclass
-class Detectable:
-    """Smallest true difference (points) found with power 0.8 at alpha 0.05: unpaired, and paired at the correlation seen."""
-
-    unpaired: float
-    paired: float
-    correlation: float
-
-
-@dataclass
-class Block:
-    """The mean over tasks (task None) or one task; rows with the baseline first."""
-
-    task: str | None
-    metric: str
-    kind: str
-    chance: float | None
-    rows: list[Row]
-    detectable: dict[int, Detectable]
-
-
-@dataclass
-class Resources:
-    """What a variant is and took, per run (mean over its seeds). flops: total; seconds: wall time."""
-
-    label: str
-    seeds: list[int]
-    parameters: dict[str, int]
-    tokens: float
-    loss_tokens: float
-    images: float
-    steps: float
-    flops: float
-    seconds: float
-    mismatches: list[str]
-    runs: list[str]
-
-
-@dataclass
-class Table:
-    scale: str
-    corpus: str
-    plan: str
-    shots: list[int]
-    blocks: list[Block]
-    resources: list[Resources]
-    notes: list[str]
 
 
 # ------------------------------------------------------------------------------------------------------------- building

@@ -23,7 +23,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from configs import CONFIG_DIR
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 KINDS = ("captions", "interleaved", "text")
 POLICIES = ("first_fit", "concat", "single")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import UserError
 from data_pipelines.config import DataConfig, PackingConfig
 from data_pipelines.document import Origin
-from data_pipelines.errors import UserError
 from data_pipelines.formats import read_document
 from data_pipelines.mixture import Mixture
 from data_pipelines.order import EpochOrder

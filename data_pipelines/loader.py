@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from configs.errors import UserError
 from data_pipelines.batch import KINDS, PackedBatch
-from data_pipelines.errors import UserError
 from data_pipelines.images import decode_image
 from data_pipelines.lanes import LaneSequence, LaneStream
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from data_pipelines.shards import Package, sha256_of
 
 Registry = Literal["npm", "pypi"]

@@ -23,9 +23,9 @@ from hydra.core.hydra_config import HydraConfig
 
 from configs import CONFIG_DIR
 from configs.command import command, register
+from configs.errors import UserError
 from data_pipelines import paths
 from data_pipelines.corpora.config import CorpusConfig, ShapesConfig, StarterConfig, TarsConfig
-from data_pipelines.errors import UserError
 from data_pipelines.shards import MANIFEST, Manifest
 
 SCHEMAS: dict[str, type[CorpusConfig]] = {"starter": StarterConfig, "shapes": ShapesConfig}

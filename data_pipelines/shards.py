@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 END_OF_TEXT, PAD, IMAGE = "<|endoftext|>", "<|pad|>", "<image>"
 SMALLEST_VOCABULARY = 256 + 3

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import UserError
 from data_pipelines.document import Image
-from data_pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.plan import derangement
 from eval.tasks.corpus import Pool, TaskData
 from eval.tasks.example import Example

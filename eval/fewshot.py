@@ -19,8 +19,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from configs.command import command
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 from data_pipelines.shards import Manifest
 from eval.controls import IMAGES, Show, show_plainly, show_shuffled
 from eval.plan import make_plan

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from data_pipelines.images import decode_image
 from data_pipelines.tokens import encode_parts, load_tokenizer
 from eval.prompts import Part

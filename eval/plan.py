@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.tasks.corpus import TaskData
 
 PLAN_VERSION = 1

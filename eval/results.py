@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.metrics.cider import cider
 from eval.metrics.vqa import vqa_accuracy
 from eval.plan import Plan

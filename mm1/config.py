@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from configs.command import register
+from configs.errors import UserError
 from data_pipelines.config import DataConfig, PackingConfig
-from data_pipelines.errors import UserError
 from mm1.model.config import TRAIN_MODES, ConnectorConfig, ImageEncoderConfig
 
 
@@ -139,7 +139,7 @@ class TrainConfig:
 
     @property
     def run_name(self) -> str:
-        return self.name or "+".join(self.ablation) or "base"
+        return self.name or "+".join(sorted(self.ablation)) or "base"
 
     def validate(self) -> None:
         """Raises UserError for any setting or combination that cannot work, naming key and value."""

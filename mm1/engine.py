@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 if TYPE_CHECKING:
     from mm1.config import EngineConfig, OptimConfig

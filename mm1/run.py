@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 
 if TYPE_CHECKING:
     from mm1.config import TrainConfig

@@ -12,7 +12,7 @@ from hydra.errors import ConfigCompositionException
 from ablations.table import TableConfig
 from configs import CONFIG_DIR
 from configs.command import compose, list_keys, summary
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.fewshot import EvalConfig
 from mm1.config import TrainConfig
 

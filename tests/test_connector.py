@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from configs import CONFIG_DIR
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model import config, connector, geometry
 from mm1.model.connector import Connector, build_connector
 

@@ -17,6 +17,7 @@ import numpy
 import pytest
 
 from configs.command import compose
+from configs.errors import UserError
 from data_pipelines import paths
 from data_pipelines.corpora import shapes
 from data_pipelines.corpora.binding import names_for
@@ -26,7 +27,6 @@ from data_pipelines.corpora.pictures import KNOWN, NEW, TRAIN, Picture, assign_s
 from data_pipelines.corpora.prose import detokenised
 from data_pipelines.corpora.scenes import RELATIONS, Scene, Thing, alone, beside, draw
 from data_pipelines.document import Document, Image, Origin
-from data_pipelines.errors import UserError
 from data_pipelines.formats import read_document
 from data_pipelines.images import decode_image
 from data_pipelines.prepare import SCHEMAS, PrepareConfig, defaults, ensure_corpus, prepare

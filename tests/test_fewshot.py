@@ -18,7 +18,7 @@ import torch
 
 from ablations.results import read_jsonl
 from configs.command import compose
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from data_pipelines.shards import Manifest, SplitWriter, Task
 from eval import fewshot
 from eval.controls import show_shuffled

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from configs import CONFIG_DIR
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model import config, geometry, pretrained
 from mm1.model.image_encoder import (
     ImageEncoder,

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.errors import UserError
 from data_pipelines.batch import IGNORE
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.document import Image, Origin
-from data_pipelines.errors import UserError
 from data_pipelines.lanes import LaneSequence, LaneStream
 from data_pipelines.loader import PackedLoader, digest
 from data_pipelines.packing import EncodedDocument, Packer, assemble, cut

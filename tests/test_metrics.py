@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.metrics.cider import Idf, cider
 from eval.metrics.ptb import tokenize
 from eval.metrics.vqa import VARIANTS, clean, leave_one_out, normalise, strip_punctuation, strip_words, vqa_accuracy

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from configs.errors import UserError
 from data_pipelines.batch import IGNORE, PackedBatch
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
-from data_pipelines.errors import UserError
 from data_pipelines.lanes import LaneStream
 from data_pipelines.loader import PackedLoader
 from mm1.model.multimodal import MultimodalLM

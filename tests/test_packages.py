@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from data_pipelines.packages import extract, fetch
 
 CONTENT = b"the archive"

@@ -17,7 +17,7 @@ from ablations import plots
 from ablations.results import Run, read_run
 from ablations.selection import select
 from ablations.table import build
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from data_pipelines.shards import Manifest, SplitWriter, Task
 from tests.test_table import Folders, answers
 

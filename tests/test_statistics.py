@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ablations import statistics as st
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 
 def scores(values: list[float], clusters: list[str] | None = None, ids: list[str] | None = None, task: str = "t") -> st.Scores:

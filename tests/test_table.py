@@ -20,7 +20,7 @@ from ablations.render import CSV_COLUMNS, aligned, duration, render_csv, render_
 from ablations.results import find_runs, read_jsonl, read_run
 from ablations.selection import select
 from ablations.table import Table, build
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 TASKS = {"colours": ("vqa_official", "vqa", 12.5), "captions": ("cider_d", "captioning", None)}
 

@@ -17,10 +17,10 @@ import pytest
 import webdataset
 
 from configs.command import compose
+from configs.errors import UserError
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.corpora import tars
 from data_pipelines.corpora.config import TarsConfig
-from data_pipelines.errors import UserError
 from data_pipelines.lanes import LaneStream
 from data_pipelines.prepare import PrepareConfig, ensure_corpus, prepare, refuse_repetition
 from data_pipelines.shards import Manifest, read_all

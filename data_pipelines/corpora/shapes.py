@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.errors import UserError
 from data_pipelines.corpora.binding import episode, names_for, naming_page
 from data_pipelines.corpora.building import CorpusBuilder, Page, choice, demonstration_question, generator, sample
 from data_pipelines.corpora.config import ShapesConfig
@@ -40,7 +41,6 @@ from data_pipelines.corpora.scenes import (
     scene,
     thing,
 )
-from data_pipelines.errors import UserError
 from data_pipelines.shards import Manifest, Task, require_space
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from configs.errors import UserError
 from data_pipelines.corpora.building import CorpusBuilder
 from data_pipelines.corpora.config import TarsConfig
 from data_pipelines.document import Document, Image, Origin
-from data_pipelines.errors import UserError
 from data_pipelines.formats import read_document
 from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
 from data_pipelines.images import MAX_PIXELS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from configs.errors import UserError
 from data_pipelines.document import Document, Origin
-from data_pipelines.errors import UserError
 from data_pipelines.formats import energon, img2dataset, text
 
 Reader = Callable[[Mapping[str, bytes], Origin], Document]

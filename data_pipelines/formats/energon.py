@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from configs.errors import UserError
 from data_pipelines.document import Document, Image, Origin
-from data_pipelines.errors import UserError
 
 
 def read(members: Mapping[str, bytes], origin: Origin) -> Document:

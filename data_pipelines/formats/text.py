@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from configs.errors import UserError
 from data_pipelines.document import Document, Origin
-from data_pipelines.errors import UserError
 
 
 def read(members: Mapping[str, bytes], origin: Origin) -> Document:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.metrics.cider import cider
 from eval.metrics.vqa import VARIANTS, vqa_accuracy
 from eval.statistics import clustered_mean

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.metrics.ptb import tokenize
 
 ORDERS = 4

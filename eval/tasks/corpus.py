@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from data_pipelines.shards import Manifest, ShardReader
 from eval.tasks.example import Example
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from configs import CONFIG_DIR
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from eval.metrics.vqa import VARIANTS
 
 METRICS = {"captioning": ("cider_d",), "vqa": tuple(VARIANTS), "binding": ("accuracy",)}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from configs.command import register
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model import geometry
 
 TRAIN_MODES = ("full", "frozen")

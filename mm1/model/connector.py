@@ -31,7 +31,7 @@ from timm.layers import LayerNorm2d
 from timm.models.regnet import RegStage
 from torch import nn
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model.flops import forward_flops
 from mm1.model.geometry import shuffle_factor, square_side
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from math import isqrt
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 
 
 def check_image_size(image_size: int, patch: int, key: str = "image_encoder.image_size") -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model.towers.base import ImageEncoder
 from mm1.model.towers.from_open_clip import OpenClipEncoder
 from mm1.model.towers.from_timm import TimmEncoder

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from configs.errors import UserError
 from data_pipelines.batch import IGNORE
-from data_pipelines.errors import UserError
 from mm1.model.connector import build_connector
 from mm1.model.image_encoder import ImageEncoder, build_image_encoder
 

@@ -25,8 +25,8 @@ from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.errors import UserError
 from data_pipelines.packages import Pinned, members
 
 Weights = dict[str, torch.Tensor]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model import geometry
 from mm1.model.flops import forward_flops, on_meta
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model.towers.base import (
     CLIP,
     ImageEncoder,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model.towers.base import ImageEncoder, check_depth, chosen, map_to_patches, refuse_depth, weights_path
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_pipelines.errors import UserError
+from configs.errors import UserError
 from mm1.model import geometry
 from mm1.model.towers.base import CLIP, HALF, IMAGENET, ImageEncoder, Normalisation, check_depth, chosen
 
