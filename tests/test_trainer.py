@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.corpus import write_corpus
 from tests.models import TRAIN_OVERRIDES
@@ -101,12 +103,18 @@ def test_two_processes_compute_what_one_does(home: Path, corpus: Path, one_proce
     counters = ("tokens_seen", "images_seen", "flops", "parameters")
     infos = [json.loads((the_run(h) / "run.json").read_text()) for h in (home, one_process)]
     assert [infos[0][c] for c in counters] == [infos[1][c] for c in counters]
+    ours, expected = (load_file(the_run(h) / "export" / "model.safetensors") for h in (home, one_process))
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():  # whole, gathered from the shards
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_a_killed_run_resumes_to_the_same_numbers(home: Path, corpus: Path, one_process: Path, zero_stage: int) -> None:
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_a_killed_run_resumes_to_the_same_numbers(
+    home: Path, corpus: Path, one_process: Path, zero_stage: int, precision: str
+) -> None:
     """kill -9 after a checkpoint; the next start ends with the very curve of the run that was never interrupted."""
-    overrides = (f"engine.zero_stage={zero_stage}", "train.checkpoint_every=4")
+    overrides = (f"engine.zero_stage={zero_stage}", f"engine.precision={precision}", "train.checkpoint_every=4")
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command(corpus, *overrides), env=environment(home), **silent)
     deadline = time.time() + 120
@@ -118,8 +126,8 @@ def test_a_killed_run_resumes_to_the_same_numbers(home: Path, corpus: Path, one_
     assert "Going on from step" in output
     expected = curve(one_process)
     for (loss, norm), (expected_loss, expected_norm) in zip(curve(home), expected, strict=True):
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert norm == pytest.approx(expected_norm, rel=1e-3)
+        assert loss == pytest.approx(expected_loss, rel=1e-5 if precision == "fp32" else 2e-2)
+        assert norm == pytest.approx(expected_norm, rel=1e-3 if precision == "fp32" else 0.2)
     if zero_stage == 0:
         assert curve(home) == expected  # to the bit
     infos = [json.loads((the_run(h) / "run.json").read_text()) for h in (home, one_process)]
