@@ -38,7 +38,8 @@ def test_the_wheel_composes_its_configuration_away_from_the_checkout(tmp_path: P
     assert "mm1.model.connector.AveragePooling" in result.stdout, result.stderr
     where = "import configs, mm1; from data_pipelines import paths; print(configs.CONFIG_DIR, paths.home())"
     del environment["MM1_HOME"]
-    printed = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
+    script = [sys.executable, "-c", where]
+    printed = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True).stdout
     assert str(tmp_path / "installed") in printed
     assert printed.split()[1] == str(Path.home() / "mm1")  # no checkout around it
 
