@@ -191,13 +191,16 @@ class Engine:
         return state
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Whole weights on the CPU (on rank 0; empty elsewhere), gathered from the shards under ZeRO-3."""
-        if self.settings.zero_stage == 3:
-            import deepspeed
+        """Whole weights on the CPU (on rank 0; empty elsewhere), gathered from the shards under ZeRO-3. Tied weights stay one."""
+        import deepspeed
 
-            with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None):
-                return {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()} if self.workers.main else {}
-        return {k: v.detach().cpu() for k, v in self.module.state_dict().items()} if self.workers.main else {}
+        sharded = list(self.module.parameters()) if self.settings.zero_stage == 3 else []
+        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+            copies: dict[int, torch.Tensor] = {}
+            named = self.module.state_dict(keep_vars=True) if self.workers.main else {}
+            for tensor in named.values():
+                copies.setdefault(id(tensor), tensor.detach().cpu().clone())
+            return {name: copies[id(tensor)] for name, tensor in named.items()}
 
 
 @contextmanager
