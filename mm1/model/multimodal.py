@@ -102,9 +102,6 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             grid=self.image_encoder.grid,
             out_width=embeddings.embedding_dim,
         )
-        for module in self.decoder.modules():
-            # from_pretrained leaves a nested model's non-persistent buffers (rotary frequencies) uninitialised: they are saved.
-            module._non_persistent_buffers_set.clear()
         self._keep: torch.Tensor | None = None
         head = self.decoder.get_output_embeddings()
         if head is None:

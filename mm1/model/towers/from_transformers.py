@@ -33,8 +33,8 @@ NORMALISATION_OF: dict[str, Normalisation] = {
 
 BACKBONE_KEYS = ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices")
 
-HEADLESS = {"vision_use_head": False, "use_head": False, "use_mask_token": False}
-"""Configuration of the families' pooling heads and mask tokens: no patch ever sees them."""
+HEADLESS = ("vision_use_head", "use_head", "use_mask_token")
+"""Switches of the families' pooling heads and mask tokens, all turned off: no patch ever sees them."""
 
 
 class TransformersEncoder(ImageEncoder):
@@ -85,9 +85,10 @@ class TransformersEncoder(ImageEncoder):
                 f"image_encoder.mean=null: the normalisation of a {native.model_type} is not known here. Set image_encoder.mean "
                 "and image_encoder.std, or put its preprocessor_config.json beside the weights."
             )
-        for key, value in HEADLESS.items():
-            if hasattr(native, key):
-                setattr(native, key, value)
+        for key in HEADLESS:
+            # SigLIP's configuration has no such field in transformers 5.17, but its model looks for one all the same
+            if hasattr(native, key) or (key == "vision_use_head" and native.model_type.startswith("siglip")):
+                setattr(native, key, False)
         if depth is not None:
             check_depth(depth, native.num_hidden_layers)
             native.num_hidden_layers = depth
