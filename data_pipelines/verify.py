@@ -1,0 +1,566 @@
+"""Verify shards: read every sample, list every fault, count what is good around it.
+
+    shards -> members, and the damaged regions between them -> samples -> documents -> counts and faults -> table or JSON
+              scan                                            samples    check
+
+    python -m data_pipelines.verify starter                          a corpus: the manifest's counts, bytes and SHA-256 as well
+    python -m data_pipelines.verify '/data/cc12m-{000..127}.tar'     shards, also before they are a corpus
+
+Training and preparing stop at the first fault; this command goes on. Where a header is damaged it looks for the next block that
+is a header (on a 512-byte border, with a valid checksum) and goes on from there. What stands on the two sides of a damaged region
+is never joined into one sample, even under one key, and nothing is joined across shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from configs.errors import UserError
+from data_pipelines import paths
+from data_pipelines.corpora.tars import checked
+from data_pipelines.document import Document, Origin
+from data_pipelines.formats import READERS
+from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
+from data_pipelines.images import MAX_PIXELS, decode_image
+from data_pipelines.shards import BLOCK, MANIFEST, Manifest, Shard, _pax_records, _tar_number, sha256_of
+
+TASK = "task"
+"""Format of a corpus's few-shot tasks: KEY.json and pictures. Read by eval/, so only JSON and pictures are checked here."""
+TRIED = 64
+"""Samples of a shard on which every known layout is tried, where nobody says which it has."""
+CHUNK = 1 << 20
+
+
+# --------------------------------------------------------------------------------------------------------------- scanning
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    name: str
+    header: int
+    body: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes [start, end) of a shard that give no member; `member` where a truncated one can still be named."""
+
+    start: int
+    end: int
+    reason: str
+    member: str | None = None
+
+
+def scan(file: BinaryIO, total: int) -> Iterator[Member | Damage]:
+    """Every regular member of a tar that can still be found, and every region between them that is lost."""
+    position, after_damage = 0, False
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        if position + BLOCK > total:
+            start = min(position, total)
+            left = f" ({total - start} bytes of a header are left)" if total > start else ""
+            yield Damage(start, total, f"truncated{left}: the two closing blocks of the tar are missing")
+            return
+        header = read_at(file, position, BLOCK)
+        parsed = parse(header)
+        if parsed is None:
+            following = next_header(file, position + BLOCK, total)
+            if following is None:
+                yield from ending(file, position, total, header)
+                return
+            empty = header == bytes(BLOCK)
+            reason = "empty blocks where a header should stand" if empty else "damaged header"
+            yield Damage(position, following, f"{reason}; {following - position} bytes are lost up to the next valid header")
+            position, after_damage, long_name, pax = following, True, None, {}
+            continue
+        kind, size = parsed
+        size = int(pax.get("size", size))
+        body, name = position + BLOCK, long_name or pax.get("path") or short_name(header)
+        if body + size > total:
+            there = f"{name} has {size} bytes, {total - body} are there"
+            yield Damage(position, total, f"truncated: {there}", name if kind in (b"0", b"\0") else None)
+            return
+        end = body + (size + BLOCK - 1) // BLOCK * BLOCK
+        if kind == b"L":
+            long_name = read_at(file, body, size).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == b"x":
+            try:
+                pax = _pax_records(read_at(file, body, size))
+                int(pax.get("size", 0))
+            except ValueError:
+                yield Damage(position, end, "damaged PAX header: the next member's name and size are not known for certain")
+                pax, after_damage = {}, True
+        else:
+            if kind in (b"0", b"\0"):
+                if after_damage and not long_name and "path" not in pax and 0 not in header[:100]:
+                    # The lost region may have held this member's long name; under a shortened one it could join a wrong sample.
+                    yield Damage(
+                        position, end, f"the name {name} may be cut short: what was lost before it may have held the rest"
+                    )
+                else:
+                    yield Member(name, position, body, size)
+            long_name, pax, after_damage = None, {}, False
+        position = end
+
+
+def ending(file: BinaryIO, position: int, total: int, header: bytes) -> Iterator[Damage]:
+    """What is wrong with the end of a shard, from the first block on after which no header follows."""
+    closing = last_data(file, position, total)
+    if header != bytes(BLOCK):
+        yield Damage(position, closing, f"damaged header; no valid one follows, {closing - position} bytes are lost")
+        if total - closing < 2 * BLOCK or total % BLOCK:
+            yield Damage(closing, total, "truncated: the two closing blocks of the tar are missing")
+    elif closing > position:
+        yield Damage(position, closing, f"{closing - position} bytes after the closing blocks, and no header among them")
+    elif total - position < 2 * BLOCK:
+        yield Damage(position, total, "truncated: one of the two closing blocks of the tar is missing")
+
+
+def parse(header: bytes) -> tuple[bytes, int] | None:
+    """(type, size) of a header block, None where the checksum is wrong."""
+    try:
+        size, checksum = _tar_number(header[124:136]), _tar_number(header[148:156])
+    except ValueError:
+        return None
+    return (header[156:157], size) if sum(header) - sum(header[148:156]) + 8 * 32 == checksum else None
+
+
+def short_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+    prefix = header[345:500].split(b"\0", 1)[0].decode("utf-8", "replace") if header[257:262] == b"ustar" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def next_header(file: BinaryIO, start: int, total: int) -> int | None:
+    """Position of the first block from `start` on that is a header: valid checksum, known type, a name."""
+    for at in range(start, total, CHUNK):
+        chunk = read_at(file, at, min(CHUNK, total - at))
+        if not chunk.strip(b"\0"):
+            continue
+        for offset in range(0, len(chunk) - BLOCK + 1, BLOCK):
+            block = chunk[offset : offset + BLOCK]
+            if block[0] and block[156:157] in b"\x0001234567xgLKS" and parse(block):
+                return at + offset
+    return None
+
+
+def last_data(file: BinaryIO, start: int, total: int) -> int:
+    """Where the zeros begin that reach to the end of the file, on a block's border; at least `start`."""
+    end = start
+    for at in range(start, total, CHUNK):
+        if kept := read_at(file, at, min(CHUNK, total - at)).rstrip(b"\0"):
+            end = at + len(kept)
+    return min(total, start + (end - start + BLOCK - 1) // BLOCK * BLOCK)
+
+
+def read_at(file: BinaryIO, position: int, size: int) -> bytes:
+    file.seek(position)
+    return file.read(size)
+
+
+@dataclass
+class Sample:
+    """Members that stand side by side under one key: extension -> (offset, size). `cut`: one of them reaches past the end."""
+
+    key: str
+    start: int
+    end: int = 0
+    members: dict[str, tuple[int, int]] = field(default_factory=dict)
+    cut: bool = False
+
+
+def samples(file: BinaryIO, total: int) -> Iterator[Sample | Damage]:
+    """Samples and damaged regions in the shard's order; a region ends the sample before it."""
+    current: Sample | None = None
+    for item in scan(file, total):
+        key, extension = split_name(item.name if isinstance(item, Member) else item.member or "")
+        if isinstance(item, Damage):
+            if current and item.member and key == current.key:
+                current.cut = True
+            if current:
+                yield current
+            current = None
+            yield item
+            continue
+        if current is None or key != current.key or extension in current.members:
+            if current:
+                yield current
+            current = Sample(key, item.header)
+        current.members[extension] = (item.body, item.size)
+        current.end = item.body + item.size
+    if current:
+        yield current
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension): cut at the first dot of the last path component, as shards.index_shard does."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), extension
+
+
+# --------------------------------------------------------------------------------------------------------------- checking
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with bytes [start, end) of a shard; `key` where a sample can be named."""
+
+    shard: str
+    key: str | None
+    start: int
+    end: int
+    reason: str
+
+
+@dataclass
+class Report:
+    """What one shard holds. `samples`: all that were found; `documents`: those without a fault, counted in what follows."""
+
+    shard: str
+    format: str | None
+    source: str | None = None
+    split: str | None = None
+    samples: int = 0
+    documents: int = 0
+    images: int = 0
+    characters: int = 0
+    bytes: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+
+def verify_shard(path: Path, format: str | None = None, *, images: bool = False) -> Report:
+    """Read all of one shard. `format` None: the layout that reads most of its first samples; `images`: decode every picture."""
+    report = Report(str(path), format)
+
+    def fault(key: str | None, start: int, end: int, reason: str) -> None:
+        report.faults.append(Fault(str(path), key, start, end, reason))
+
+    try:
+        total = report.bytes = path.stat().st_size
+        with open(path, "rb") as file:
+            if not total:
+                fault(None, 0, 0, "the file is empty")
+                return report
+            if read_at(file, 0, 2) == b"\x1f\x8b":
+                fault(None, 0, total, "compressed: samples cannot be read at random. Unpack it with gunzip")
+                return report
+            if format is None:
+                format = report.format = guess_format(file, total, path)
+            for item in samples(file, total):
+                if isinstance(item, Damage):
+                    fault(split_name(item.member)[0] if item.member else None, item.start, item.end, item.reason)
+                    continue
+                report.samples += 1
+                if item.cut:
+                    continue  # the truncation is the fault, and it carries this sample's key
+                if format is None:
+                    continue
+                document, faults = check(file, item, format, Origin("", str(path), item.key), images)
+                report.faults += faults
+                if document is not None:
+                    report.documents += 1
+                    report.images += len(document.images) if format != TASK else len(pictures(item.members))
+                    report.characters += len(document.text)
+            if format is None and report.samples:
+                fault(None, 0, total, f"its samples are of no known layout ({', '.join(READERS)})")
+            elif not report.samples and not report.faults:
+                fault(None, 0, total, "holds no samples")
+    except OSError as error:
+        fault(None, 0, 0, f"cannot be read: {error.strerror or error}")
+    return report
+
+
+def check(file: BinaryIO, sample: Sample, format: str, origin: Origin, images: bool) -> tuple[Document | None, list[Fault]]:
+    """The sample as a document, or None and all that is wrong with it: each picture on its own, then the layout."""
+    members = {extension: read_at(file, offset, size) for extension, (offset, size) in sample.members.items()}
+    faults: list[Fault] = []
+    for name in pictures(members):
+        if reason := picture_fault(members[name], images):
+            start, size = sample.members[name]
+            faults.append(Fault(origin.shard, origin.key, start, start + size, f"{name}: {reason}"))
+    document, reason = read_sample(format, members, origin)
+    if reason and not (faults and reason.startswith(tuple(f"{name} " for name in pictures(members)))):
+        faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, reason))
+    if document is not None and images:
+        for image in document.images:  # those that lie inside another member, a JSON's base64 or a TIFF's frames
+            if image.name not in members and (reason := picture_fault(image.data, True)):
+                faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, f"{image.name}: {reason}"))
+    return (None if faults else document), faults
+
+
+def read_sample(format: str, members: dict[str, bytes], origin: Origin) -> tuple[Document | None, str]:
+    """(document, "") or (None, what the layout misses)."""
+    if format == TASK:
+        try:
+            json.loads(members["json"])
+        except (KeyError, ValueError) as error:
+            return None, f"a task's sample needs a json member that can be read ({type(error).__name__}: {error})"
+        return Document((), origin), ""
+    try:
+        return checked(format, members, origin), ""
+    except UserError as error:
+        return None, str(error).removeprefix(f"{origin}: ")
+    except Exception as error:  # JSON nested too deep, say: one sample must not end the verification
+        return None, f"cannot be read as {format} ({type(error).__name__}: {error})"
+
+
+def pictures(members: Mapping[str, object]) -> list[str]:
+    return [name for name in members if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+
+
+def picture_fault(data: bytes, decode: bool) -> str:
+    """Why a picture cannot be used, or "". By its header; with `decode`, by the very function that training calls."""
+    import PIL.Image
+
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as picture:
+            pixels = picture.width * picture.height
+        if pixels > MAX_PIXELS:
+            return f"{pixels:,} pixels; the cap is {MAX_PIXELS:,}"
+        if decode:
+            decode_image(data, 16)
+    except UserError as error:
+        return str(error).removeprefix("image: ")
+    except Exception as error:  # decoders of damaged files raise what they like, and one picture must not end the verification
+        return f"no picture that can be decoded ({type(error).__name__}: {error})"
+    return ""
+
+
+def guess_format(file: BinaryIO, total: int, path: Path) -> str | None:
+    """The layout that reads most of the shard's first samples, None if none reads any."""
+    read = dict.fromkeys(READERS, 0)
+    tried = 0
+    for item in samples(file, total):
+        if isinstance(item, Damage) or item.cut:
+            continue
+        members = {extension: read_at(file, offset, size) for extension, (offset, size) in item.members.items()}
+        for format in READERS:
+            read[format] += read_sample(format, members, Origin("", str(path), item.key))[0] is not None
+        tried += 1
+        if tried == TRIED:
+            break
+    best = max(read, key=lambda format: read[format])
+    return best if read[best] else None
+
+
+# ----------------------------------------------------------------------------------------------------------------- corpora
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to verify, with what its manifest says of it."""
+
+    path: Path
+    format: str | None = None
+    source: str | None = None
+    split: str | None = None
+    expected: Shard | None = None
+    images: bool = False
+
+    def run(self) -> Report:
+        report = verify_shard(self.path, self.format, images=self.images)
+        report.source, report.split = self.source, self.split
+        if self.expected is not None and report.bytes:
+            found = {"samples": report.samples, "bytes": report.bytes, "sha256": sha256_of(self.path)}
+            for key, value in found.items():
+                if value != (said := getattr(self.expected, key)):
+                    reason = f"{key}: found {value}, {MANIFEST} says {said}"
+                    report.faults.append(Fault(str(self.path), None, 0, report.bytes, reason))
+        return report
+
+
+def plan(arguments: Sequence[str], format: str | None, images: bool) -> list[Job]:
+    """What to verify, from paths, patterns and corpora. Raises UserError naming the argument that leads to nothing."""
+    jobs: dict[Path, Job] = {}
+    for argument in arguments:
+        corpus = paths.corpus(argument)
+        if not (corpus / MANIFEST).is_file() and Path(argument).expanduser().is_dir():
+            corpus = Path(argument).expanduser().resolve()
+        if corpus.is_dir():
+            if not (corpus / MANIFEST).is_file():
+                raise UserError(f"{corpus} is a folder without a {MANIFEST}. For the shards in it, write '{argument}/*.tar'.")
+            for source, splits in Manifest.load(corpus).splits.items():
+                for split, content in splits.items():
+                    for shard in content.shards:
+                        path = corpus / shard.file
+                        jobs[path] = Job(path, content.format, source, split, shard, images)
+            continue
+        for path in expand(argument):
+            jobs.setdefault(path, Job(path, format, images=images))
+    return list(jobs.values())
+
+
+def expand(pattern: str) -> list[Path]:
+    """Paths of all shards a pattern names: braces in their order, what * matches in sorted order."""
+    from braceexpand import braceexpand
+
+    try:
+        pieces = list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
+    found: list[Path] = []
+    for piece in pieces:
+        path = Path(os.path.abspath(Path(piece).expanduser()))
+        matches = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        if not (files := [match for match in matches if match.is_file()]):
+            part = f" ({piece})" if piece != pattern else ""
+            raise UserError(f"{pattern}{part}: no such shard, and no corpus of that name. Correct it, or bring the shards there.")
+        found += files
+    return found
+
+
+def corpus_faults(arguments: Sequence[str], reports: Sequence[Report]) -> list[Fault]:
+    """What is wrong with a manifest as a whole: totals of splits in which every sample is good, and the tokeniser's hash."""
+    faults: list[Fault] = []
+    for argument in arguments:
+        corpus = paths.corpus(argument)
+        if not (corpus / MANIFEST).is_file():
+            corpus = Path(argument).expanduser().resolve()
+        if not (corpus / MANIFEST).is_file():
+            continue
+        manifest, where = Manifest.load(corpus), str(corpus / MANIFEST)
+        files = {report.shard: report for report in reports}
+        for source, splits in manifest.splits.items():
+            for split, content in splits.items():
+                held = [files[str(corpus / shard.file)] for shard in content.shards]
+                if any(report.faults for report in held):
+                    continue
+                for key in ("images", "characters") if content.format != TASK else ("images",):
+                    found, said = sum(getattr(report, key) for report in held), getattr(content, key)
+                    if found != said:
+                        reason = f"{source}/{split} {key}: found {found}, {MANIFEST} says {said}"
+                        faults.append(Fault(where, None, 0, 0, reason))
+        if manifest.tokenizer and manifest.tokenizer_sha256:
+            vocabulary = corpus / manifest.tokenizer / "tokenizer.json"
+            if not vocabulary.is_file() or sha256_of(vocabulary) != manifest.tokenizer_sha256:
+                faults.append(Fault(str(vocabulary), None, 0, 0, f"missing, or not the file whose SHA-256 {MANIFEST} has"))
+    return faults
+
+
+# ------------------------------------------------------------------------------------------------------------------ output
+
+
+COUNTS = ("samples", "documents", "images", "characters", "bytes")
+
+
+def table(reports: Sequence[Report], faults: Sequence[Fault]) -> str:
+    """Counts a shard, then every fault on a line of its own."""
+    common = os.path.commonpath([os.path.dirname(report.shard) for report in reports])
+    rows: list[tuple[str, ...]] = [("shard", "layout", *COUNTS, "faults")]
+    for report in reports:
+        counts = [f"{getattr(report, key):,}" for key in COUNTS]
+        rows.append((os.path.relpath(report.shard, common), report.format or "?", *counts, f"{len(report.faults):,}"))
+    if len(reports) > 1:
+        sums = [f"{sum(getattr(report, key) for report in reports):,}" for key in COUNTS]
+        rows.append((f"{len(reports)} shards", "", *sums, f"{sum(len(report.faults) for report in reports):,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    lines[1:1] = [rule]
+    if len(reports) > 1:
+        lines[-1:-1] = [rule]
+    lines = [f"in {common}", "", *lines, ""]
+    for fault in faults:
+        name = os.path.relpath(fault.shard, common)
+        sample = f" sample {fault.key}" if fault.key else ""
+        span = f" bytes {fault.start:,}-{fault.end:,}" if fault.end > fault.start else ""
+        lines.append(f"{name}:{sample}{span}: {printable(fault.reason)}")
+    lines.append(f"{len(faults):,} fault{'s' if len(faults) != 1 else ''}." if faults else "No faults.")
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Without the control characters a damaged shard may bring to the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def as_json(reports: Sequence[Report], faults: Sequence[Fault]) -> str:
+    totals = {key: sum(getattr(report, key) for report in reports) for key in COUNTS}
+    extra = faults[sum(len(report.faults) for report in reports) :]
+    content = {
+        "ok": not faults,
+        "totals": {"shards": len(reports), **totals, "faults": len(faults)},
+        "shards": [asdict(report) for report in reports],
+        "corpus_faults": [asdict(fault) for fault in extra],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=True)
+
+
+def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipelines.verify",
+        description="Read every sample of the shards, list every fault with its byte range, and count what is good around it.\n"
+        "Exit status: 0 no faults, 1 faults, 2 nothing to verify.",
+        epilog="python -m data_pipelines.verify starter --images\n"
+        "python -m data_pipelines.verify '/data/cc12m-{000..127}.tar' --json > report.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        metavar="SHARDS",
+        help="tars by path or pattern (*, **, {000..127}, ~; quoted), or a corpus by name or folder, which is also compared "
+        "with its manifest: samples, images, characters, bytes, SHA-256",
+    )
+    parser.add_argument("--images", action="store_true", help="decode every picture as training does, not only its header")
+    parser.add_argument(
+        "--format",
+        choices=[*READERS, TASK],
+        help="layout of shards given by path (default: the one that reads most of a shard's first samples)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="shards verified at a time (default: 1)")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    asked = arguments_of(given)
+    try:
+        if asked.processes < 1:
+            raise UserError(f"--processes {asked.processes}: must be at least 1.")
+        jobs = plan(asked.shards, asked.format, asked.images)
+        reports = run(jobs, asked.processes)
+        faults = [fault for report in reports for fault in report.faults] + corpus_faults(asked.shards, reports)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(as_json(reports, faults) if asked.json else table(reports, faults))
+    return 1 if faults else 0
+
+
+def run(jobs: Sequence[Job], processes: int) -> list[Report]:
+    """One report a job, in their order."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(jobs), unit="shard", leave=False, disable=None) as bar:
+        reports = []
+        if processes == 1:
+            for job in jobs:
+                reports.append(job.run())
+                bar.update()
+            return reports
+        with ProcessPoolExecutor(min(processes, len(jobs))) as pool:
+            for report in pool.map(Job.run, jobs):
+                reports.append(report)
+                bar.update()
+        return reports
+
+
+if __name__ == "__main__":
+    sys.exit(main())
