@@ -132,6 +132,12 @@ class Engine:
                 model=model.to(workers.device), optimizer=optimizer, config=config, dist_init_required=False
             )
         self.module = self.deepspeed.module
+        for module in self.module.modules():
+            # DeepSpeed casts parameters and leaves buffers; a batch norm wants its statistics in the dtype of its weights.
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+                for buffer in module.buffers(recurse=False):
+                    if buffer.is_floating_point():
+                        buffer.data = buffer.data.to(module.weight.dtype)
         self.grad_norm = float("nan")
         """Global gradient norm of the last optimiser step, before clipping."""
         self._plain = settings.zero_stage == 0 and settings.precision == "fp32"

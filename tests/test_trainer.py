@@ -134,6 +134,17 @@ def test_a_killed_run_resumes_to_the_same_numbers(
     assert infos[0]["tokens_seen"] == infos[1]["tokens_seen"]
 
 
+def test_a_tower_with_batch_norm_trains_in_bf16(home: Path, corpus: Path) -> None:
+    chosen = [o for o in TRAIN_OVERRIDES if not o.startswith("image_encoder")]
+    tower = ["image_encoder=efficientnet_lite0", "image_encoder.weights=null", "image_encoder.image_size=32"]
+    arguments = [*chosen, *tower, "engine.precision=bf16", "engine.zero_stage=1", "train.steps=4", f"data.corpus={corpus}"]
+    result = subprocess.run(
+        [sys.executable, "-m", "mm1.train", *arguments], env=environment(home), capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert all(0 < loss < 10 and 0 < norm for loss, norm in curve(home))
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(home: Path, corpus: Path) -> None:
     process = subprocess.Popen(
         command(corpus, "train.steps=100000", "train.log_every=1", "train.checkpoint_every=100000"),
