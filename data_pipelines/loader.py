@@ -23,21 +23,32 @@ from data_pipelines.lanes import LaneSequence, LaneStream
 
 
 class _LaneDataset(IterableDataset):
-    """In each worker: that worker's lanes, with their images decoded to uint8 (n, 3, size, size)."""
+    """In each worker: that worker's lanes from step `first` on, with their images decoded to uint8 (n, 3, size, size)."""
 
     def __init__(
-        self, stream: LaneStream, lanes: list[int], image_size: int, step: int, states: dict[int, dict[str, Any]]
+        self,
+        stream: LaneStream,
+        lanes: list[int],
+        image_size: int | None,
+        step: int,
+        states: dict[int, dict[str, Any]],
+        first: int,
     ) -> None:
         self.stream, self.lanes, self.image_size, self.step, self.states = stream, lanes, image_size, step, states
+        self.first = first
 
     def __iter__(self) -> Iterator[tuple[LaneSequence, torch.Tensor] | UserError]:
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         try:
             for item in self.stream.lanes(lanes, self.step, self.states):
-                yield item, decode_sequence(item, self.image_size)
+                if item.step >= self.first:
+                    yield item, _NOT_DECODED if self.image_size is None else decode_sequence(item, self.image_size)
         except UserError as error:  # handed over as a value: raised in a worker it would arrive wrapped in a traceback
             yield error
+
+
+_NOT_DECODED = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
 def decode_sequence(item: LaneSequence, image_size: int) -> torch.Tensor:
@@ -74,15 +85,20 @@ class PackedLoader:
         self,
         stream: LaneStream,
         *,
-        image_size: int,
+        image_size: int | None,
         micro_batch: int,
         world: int = 1,
         rank: int = 0,
         workers: int = 0,
         step: int = 0,
         states: dict[int, dict[str, Any]] | None = None,
+        first: int = 0,
     ) -> None:
-        """Raises UserError if world x micro_batch does not divide the global batch, or workers do not divide a rank's share."""
+        """Raises UserError if world x micro_batch does not divide the global batch.
+
+        `workers` is lowered until it divides a rank's share. `first`: steps before it are packed, for what waits in open
+        sequences, and left out. With image_size None no image is decoded, and only `sequences` can be read.
+        """
         share, left = divmod(stream.global_batch, world)
         if left or share % micro_batch:
             raise UserError(
@@ -95,7 +111,7 @@ class PackedLoader:
         while workers and share % workers:
             workers -= 1
         self.workers = workers
-        dataset = _LaneDataset(stream, lanes, image_size, step, states or {})
+        dataset = _LaneDataset(stream, lanes, image_size, step, states or {}, first)
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -105,11 +121,16 @@ class PackedLoader:
             persistent_workers=False,
         )
 
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
-        items: list[tuple[LaneSequence, torch.Tensor]] = []
+    def sequences(self) -> Iterator[tuple[LaneSequence, torch.Tensor]]:
+        """The rank's sequences one by one, by step and slot, with their images; what the micro-batches are made of."""
         for item in self._loader:
             if isinstance(item, UserError):
                 raise item
+            yield item
+
+    def __iter__(self) -> Iterator[list[PackedBatch]]:
+        items: list[tuple[LaneSequence, torch.Tensor]] = []
+        for item in self.sequences():
             items.append(item)
             if len(items) == self.per_step:
                 starts = range(0, self.per_step, self.micro_batch)

@@ -1,4 +1,4 @@
-"""The commands that look at data: verify finds what was broken on purpose, and nothing else."""
+"""The commands that look at data: verify finds what was broken on purpose and nothing else; stream prints what training sees."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from configs.command import compose
+from configs.errors import UserError
 from data_pipelines.shards import Manifest, index_shard
+from data_pipelines.stream import StreamConfig, lines
 from data_pipelines.verify import Report, main, verify_shard
+from mm1.config import TrainConfig
 from tests.corpus import square, write_corpus
 
 # ----------------------------------------------------------------------------------------------------------------- verify
@@ -141,6 +145,11 @@ def test_what_is_no_shard_is_named(tmp_path: Path, content: bytes, said: str) ->
     assert said in fault.reason
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpora") / "tiny")
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "tiny")
@@ -198,7 +207,59 @@ def test_exit_status_and_json(corpus: Path, tmp_path: Path, capsys: pytest.Captu
     assert "*.tar" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", ["verify"])
+# ----------------------------------------------------------------------------------------------------------------- stream
+
+
+SIZES = ("train.global_batch=12", "packing.seq_len=96", "packing.max_images=4", "connector.num_tokens=4")
+
+
+def streamed(corpus: Path, *overrides: str) -> list[str]:
+    return list(lines(compose("stream", StreamConfig, [f"data.corpus={corpus}", *SIZES, *overrides])))
+
+
+def by_step_and_slot(printed: list[str]) -> list[str]:
+    return sorted(printed, key=lambda line: [int(number) for number in line.split()[:2]])
+
+
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 2), (4, 0), (4, 3), (12, 1)])
+def test_the_lines_of_all_ranks_are_those_of_one(unbroken: Path, world: int, workers: int) -> None:
+    one = streamed(unbroken, "steps=4")
+    assert [line.split()[:2] for line in one] == [[str(step), str(slot)] for step in range(4) for slot in range(12)]
+    split = [f"world_size={world}", f"workers={workers}", "steps=4"]
+    ranks = [streamed(unbroken, f"rank={rank}", *split) for rank in range(0, world, world - 1 if world == 12 else 1)]
+    whole = one if world != 12 else [line for line in one if int(line.split()[1]) in {0, 11}]
+    assert by_step_and_slot([line for rank in ranks for line in rank]) == whole
+
+
+@pytest.mark.parametrize("policy", ["first_fit", "concat", "single"])
+def test_start_equals_dropping_the_first_steps(unbroken: Path, policy: str) -> None:
+    whole = streamed(unbroken, f"packing.policy={policy}", "steps=9")
+    assert streamed(unbroken, f"packing.policy={policy}", "start=5", "steps=4") == whole[5 * 12 :]
+    assert streamed(unbroken, f"packing.policy={policy}", "start=5", "steps=4", "workers=2") == whole[5 * 12 :]
+
+
+def test_other_data_are_other_lines(unbroken: Path) -> None:
+    ways = [(), ("seed=1",), ("packing.policy=single",), ("data.sources.captions.split=val",), ("connector.num_tokens=5",)]
+    assert len({tuple(streamed(unbroken, "steps=2", *way)) for way in ways}) == len(ways)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [(["world_size=5"], "must divide"), (["rank=1"], "rank=1"), (["start=-1"], "start=-1"), (["packing.seq_len=3"], "seq_len")],
+)
+def test_impossible_streams_are_refused(unbroken: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        streamed(unbroken, *overrides)
+
+
+@pytest.mark.parametrize(("name", "schema"), [("stream", StreamConfig)])
+def test_the_data_shown_are_those_of_the_base_configuration(name: str, schema: type[StreamConfig]) -> None:
+    shown, trained = compose(name, schema), compose("train", TrainConfig)
+    assert (shown.data, shown.packing, shown.seed) == (trained.data, trained.packing, trained.seed)
+    assert (shown.train.global_batch, shown.connector.num_tokens) == (trained.train.global_batch, trained.image_tokens)
+
+
+@pytest.mark.parametrize("module", ["verify", "stream"])
 def test_help_needs_no_torch(module: str) -> None:
     code = "import sys; sys.argv = ['x', '--help']; import atexit; atexit.register(lambda: print('torch' in sys.modules));"
     code += f"from data_pipelines.{module} import main; main()"
