@@ -3,6 +3,7 @@
     python -m data_pipelines.prepare corpus=starter        downloads about 130 MB once
     python -m data_pipelines.prepare corpus=shapes         needs no network
     python -m data_pipelines.prepare corpus=tars corpus.name=mine 'corpus.captions=/data/cc12m-{000..127}.tar'
+    python -m data_pipelines.prepare corpus=convert corpus.name=mine 'corpus.text=/data/*.jsonl.zst'
 
 Training calls `ensure_corpus`, so a first run prepares what it needs.
 """
@@ -25,12 +26,12 @@ from configs import CONFIG_DIR
 from configs.command import command, register
 from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.corpora.config import CorpusConfig, ShapesConfig, StarterConfig, TarsConfig
+from data_pipelines.corpora.config import ConvertConfig, CorpusConfig, OwnConfig, ShapesConfig, StarterConfig, TarsConfig
 from data_pipelines.shards import MANIFEST, Manifest
 
 SCHEMAS: dict[str, type[CorpusConfig]] = {"starter": StarterConfig, "shapes": ShapesConfig}
 """Recipes that need to be told nothing: training makes these corpora on the way."""
-for _recipe, _schema in {**SCHEMAS, "tars": TarsConfig}.items():
+for _recipe, _schema in {**SCHEMAS, "tars": TarsConfig, "convert": ConvertConfig}.items():
     register(f"{_recipe}_schema", _schema, group="corpus")
 
 
@@ -55,6 +56,11 @@ def main(config: PrepareConfig) -> None:
 
     python -m data_pipelines.prepare corpus=tars corpus.name=mine 'corpus.captions=/data/cc12m-{000..127}.tar'
     python -m mm1.train data=own data.corpus=mine
+
+    jsonl, jsonl.gz, jsonl.zst, parquet, and tars whose pictures should shrink, are written anew as shards:
+
+    python -m data_pipelines.prepare corpus=convert corpus.name=mine 'corpus.interleaved=/data/obelics/*.parquet' \\
+        corpus.image_store=/data/obelics-images corpus.image_size=512
     """
     refuse_repetition(HydraConfig.get().overrides.task)
     prepare(config.corpus, force=config.force)
@@ -77,7 +83,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
         started = time.monotonic()
         manifest = recipe(corpus, folder)
         print(summary(manifest, folder, time.monotonic() - started))
-        if isinstance(corpus, TarsConfig):
+        if isinstance(corpus, OwnConfig):
             from data_pipelines.corpora.tars import next_step
 
             print(next_step(manifest))
@@ -97,7 +103,11 @@ def recipe(corpus: CorpusConfig, folder: Path) -> Manifest:
         from data_pipelines.corpora import tars
 
         return tars.prepare(corpus, folder)
-    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(SCHEMAS)}, tars.")
+    if isinstance(corpus, ConvertConfig):
+        from data_pipelines.corpora import convert
+
+        return convert.prepare(corpus, folder)
+    raise UserError(f"corpus={corpus.recipe}: no such recipe. There are: {', '.join(SCHEMAS)}, tars, convert.")
 
 
 def refuse_repetition(overrides: Sequence[str]) -> None:

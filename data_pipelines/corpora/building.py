@@ -133,11 +133,15 @@ class CorpusBuilder:
         self.writers: dict[tuple[str, str], SplitWriter] = {}
         self.training_text: dict[str, list[str]] = {source: [] for source in FORMATS}
 
-    def _write(self, source: str, split: str, members: Mapping[str, bytes | str], images: int, text: str) -> None:
+    def sample(self, source: str, split: str, members: Mapping[str, bytes | str], *, images: int, characters: int) -> None:
+        """One sample as it is. Keeps no text for the tokenizer, unlike the methods below, and so takes any number of samples."""
         key = (source, split)
         if key not in self.writers:
             self.writers[key] = SplitWriter(self.partial, source, split, format=FORMATS.get(source, "task"))
-        self.writers[key].write(members, images=images, characters=len(text))
+        self.writers[key].write(members, images=images, characters=characters)
+
+    def _write(self, source: str, split: str, members: Mapping[str, bytes | str], images: int, text: str) -> None:
+        self.sample(source, split, members, images=images, characters=len(text))
         if split == "train":
             self.training_text[source].append(text)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from data_pipelines.formats import LAYOUTS, ROW_LAYOUTS
 from data_pipelines.tokenizer import SMALLEST_VOCABULARY
 
 
@@ -86,19 +87,16 @@ class ShapesConfig(PicturesConfig):
 
 
 @dataclass
-class TarsConfig(CorpusConfig):
-    """Shards that are there already. Each source: one pattern or a list of them, local paths with {000..127} or * in them."""
+class OwnConfig(CorpusConfig):
+    """Files that are there already. Each source: one pattern or a list of them, local paths with {000..127} or * in them."""
 
-    recipe: str = "tars"
     vocab_size: int = 32_000
     captions: Any = None
-    """Tars as img2dataset writes them."""
     interleaved: Any = None
-    """Tars of KEY.json with parallel lists `images` and `texts`, and the images beside it."""
     text: Any = None
-    """Tars of KEY.txt."""
+    interleaved_format: str | None = None
+    """The layout of the interleaved source; null: found from its first valid samples."""
     val_share: float = 0.01
-    """Share of a source's shards kept as its val split: whole shards, at least one where there are two; 0 keeps none."""
     tokenizer: str | None = None
     """Folder of a transformers tokenizer to use in place of a trained one; `vocab_size` then means nothing."""
 
@@ -106,6 +104,11 @@ class TarsConfig(CorpusConfig):
         """source -> its patterns, for the sources that are given."""
         given = {"captions": self.captions, "interleaved": self.interleaved, "text": self.text}
         return {source: [value] if isinstance(value, str) else list(value) for source, value in given.items() if value}
+
+    def layouts(self, source: str) -> tuple[str, ...]:
+        """The layouts a source's tars may have: all of the source's, or the one that was set."""
+        chosen = self.interleaved_format if source == "interleaved" else None
+        return tuple(layout for layout in LAYOUTS[source] if chosen in (None, layout))
 
     def validate(self) -> None:
         for source in ("captions", "interleaved", "text"):
@@ -115,15 +118,66 @@ class TarsConfig(CorpusConfig):
                 raise UserError(f"corpus.{source}={value!r}: give a path, a pattern as /data/mine-{{000..127}}.tar, or a list.")
         if not self.patterns():
             raise UserError(
-                "corpus=tars: no shards given. Set one or more of corpus.captions, corpus.interleaved and corpus.text, for "
-                "example 'corpus.captions=/data/cc12m-{000..127}.tar'."
+                f"corpus={self.recipe}: no shards given. Set one or more of corpus.captions, corpus.interleaved and corpus.text, "
+                "for example 'corpus.captions=/data/cc12m-{000..127}.tar'."
             )
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(f"corpus.vocab_size={self.vocab_size}: at least {SMALLEST_VOCABULARY}, for 256 bytes and 3 marks.")
         if not 0 <= self.val_share < 1:
-            raise UserError(f"corpus.val_share={self.val_share}: a share of the shards, 0 or more and below 1.")
+            raise UserError(f"corpus.val_share={self.val_share}: a share of the data, 0 or more and below 1.")
+        if self.interleaved_format is not None and self.interleaved_format not in self.interleaved_formats():
+            known = ", ".join(self.interleaved_formats())
+            raise UserError(f"corpus.interleaved_format={self.interleaved_format}: corpus={self.recipe} reads {known}.")
         if self.tokenizer is not None and not (Path(self.tokenizer).expanduser() / "tokenizer_config.json").is_file():
             raise UserError(
                 f"corpus.tokenizer={self.tokenizer}: no tokenizer there (no tokenizer_config.json). Give a folder that "
                 "save_pretrained wrote, or leave the key out to have one trained on the corpus."
             )
+
+    def interleaved_formats(self) -> tuple[str, ...]:
+        return LAYOUTS["interleaved"]
+
+
+@dataclass
+class TarsConfig(OwnConfig):
+    """Tars that stay where they are (formats.LAYOUTS). `val_share` counts whole shards: at least one where there are two."""
+
+    recipe: str = "tars"
+
+
+@dataclass
+class ConvertConfig(OwnConfig):
+    """Tars, jsonl, jsonl.gz, jsonl.zst and parquet that become shards of the suite. `val_share` counts documents."""
+
+    recipe: str = "convert"
+    image_store: str | None = None
+    """Folder of the pictures that rows name by URL or by file name (formats/store.py)."""
+    missing_images: str = "refuse"
+    """refuse: a picture that is not in the store stops the conversion, after all have been listed; drop: left out and listed."""
+    image_size: int | None = None
+    """Pixels of the longer side that larger pictures are shrunk to, as WebP; null: every picture keeps its bytes."""
+    quality: int = 85
+    """Of the pictures that are shrunk, 1 to 100."""
+    text_key: str = "text"
+    """The field that holds a row's text, of the text source."""
+
+    def interleaved_formats(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(LAYOUTS["interleaved"] + ROW_LAYOUTS["interleaved"]))
+
+    def row_layouts(self, source: str) -> tuple[str, ...]:
+        """The layouts a source's jsonl and parquet files may have."""
+        chosen = self.interleaved_format if source == "interleaved" else None
+        return tuple(layout for layout in ROW_LAYOUTS[source] if chosen in (None, layout))
+
+    def validate(self) -> None:
+        super().validate()
+        if self.missing_images not in ("refuse", "drop"):
+            raise UserError(f"corpus.missing_images={self.missing_images}: must be refuse or drop.")
+        if self.image_size is not None and not 16 <= self.image_size <= 8192:
+            raise UserError(f"corpus.image_size={self.image_size}: 16 to 8192 pixels, or null to keep every picture as it is.")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"corpus.quality={self.quality}: WebP quality goes from 1 to 100.")
+        if not self.text_key:
+            raise UserError("corpus.text_key is empty. Give the name of the field that holds the text.")
+        if self.image_store is not None and not Path(self.image_store).expanduser().is_dir():
+            raise UserError(f"corpus.image_store={self.image_store}: no such folder.")

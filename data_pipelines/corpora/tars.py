@@ -2,39 +2,32 @@
 
     patterns -> shards -> every sample read once by its layout's reader -> manifest with absolute paths -> tokenizer
 
-    captions      KEY.jpg (png, webp), KEY.txt, KEY.json          as img2dataset writes them (LAION, COYO, DataComp, CC12M)
-    interleaved   KEY.json {images, texts}, KEY.000.jpg ...       as energon writes them, and the suite itself
-    text          KEY.txt
-
-A source's format is the first of its LAYOUTS that reads the first sample; from then on every sample must follow it. What does not
-(a truncated shard, a missing caption, a web page saved as a picture) stops the preparation with shard and key: left out silently
-it would change the corpus without anyone knowing. The val split is made of whole shards, and so needs no copy either.
+A source's layout (formats.LAYOUTS) is found from its first valid samples (detection.py), or set; from then on every sample must
+follow it. What does not (a truncated shard, a missing caption, a web page saved as a picture) stops the preparation with shard
+and key: left out silently it would change the corpus without anyone knowing. The val split is made of whole shards, and so needs
+no copy either.
 """
 
 from __future__ import annotations
 
 import glob
-import io
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from configs.errors import UserError
 from data_pipelines.corpora.building import CorpusBuilder
-from data_pipelines.corpora.config import TarsConfig
-from data_pipelines.document import Document, Image, Origin
-from data_pipelines.formats import read_document
-from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
-from data_pipelines.images import MAX_PIXELS
+from data_pipelines.corpora.config import OwnConfig, TarsConfig
+from data_pipelines.corpora.detection import checked, detect
+from data_pipelines.document import Document, Origin
+from data_pipelines.formats import LAYOUTS
 from data_pipelines.order import keyed
 from data_pipelines.shards import Manifest, Shard, Split, index_shard, sha256_of
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.tokens import load_tokenizer
-
-LAYOUTS: dict[str, tuple[str, ...]] = {"captions": ("img2dataset",), "interleaved": ("energon",), "text": ("text",)}
-"""source -> the formats its shards may have (data_pipelines/formats), tried in this order on the first sample."""
 
 RATIOS = {"captions": 0.45, "interleaved": 0.45, "text": 0.10}
 """The mixture of configs/data/own.yaml, rescaled in the advice for a corpus that lacks a source."""
@@ -52,22 +45,16 @@ def prepare(config: TarsConfig, folder: Path) -> Manifest:
     Raises UserError naming the pattern, the shard or the sample that is missing, damaged or not of its source's layout.
     """
     shards = {source: expand(source, patterns) for source, patterns in config.patterns().items()}
-    given = Path(config.tokenizer).expanduser() if config.tokenizer else None
-    if given is not None:
-        load_tokenizer(given)  # before hours of reading: is it one, and does it end documents?
+    given = given_tokenizer(config)
     splits: dict[str, dict[str, Split]] = {}
     texts: list[str] = []
     for source, paths in shards.items():
         held = held_out(source, [path.stat().st_size for path in paths], config.val_share, config.seed)
         print(f"  {source}: {division(len(paths), len(held), config.val_share)}", flush=True)
-        splits[source], heard = read_source(source, paths, held)
+        splits[source], heard = read_source(source, paths, held, config.layouts(source))
         texts += heard if given is None else []
     builder = CorpusBuilder(folder)
-    if given is not None:
-        copy_tokenizer(given, builder.partial / "tokenizer")
-    else:
-        print(f"  training the tokenizer on {sum(map(len, texts)):,} characters of the train splits", flush=True)
-        train_tokenizer(texts, config.vocab_size, builder.partial / "tokenizer")
+    make_tokenizer(given, texts, config.vocab_size, builder.partial / "tokenizer")
     return builder.finish(
         recipe="tars", tasks={}, packages=[], settings={"config": asdict(config)}, tokenizer="tokenizer", splits=splits
     )
@@ -137,11 +124,11 @@ def division(shards: int, held: int, share: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_source(source: str, paths: Sequence[Path], held: set[int]) -> tuple[dict[str, Split], list[str]]:
+def read_source(source: str, paths: Sequence[Path], held: set[int], layouts: Sequence[str]) -> tuple[dict[str, Split], list[str]]:
     """(split name -> Split, text for the tokenizer): all samples read and checked; the text is of train shards alone."""
     from tqdm import tqdm
 
-    format = find_format(source, paths[0])
+    format = find_format(source, paths[0], layouts)
     names = ["val" if number in held else "train" for number in range(len(paths))]
     splits = {name: Split(format) for name in dict.fromkeys(sorted(names))}
     # An equal part from every shard, so that each kind of document is heard even where every shard holds another kind.
@@ -186,59 +173,44 @@ def read_shard(source: str, path: Path) -> Iterator[tuple[Origin, dict[str, byte
             yield Origin(source, str(path), entry.key), members
 
 
-def find_format(source: str, path: Path) -> str:
-    """The first of the source's formats that reads the first sample of `path`; raises UserError with what each missed."""
-    first = next(read_shard(source, path), None)
-    if first is None:
-        raise UserError(f"{path}: holds no samples. Leave it out of corpus.{source}.")
-    complaints = []
-    for format in LAYOUTS[source]:
-        try:
-            checked(format, first[1], first[0])
-        except UserError as error:
-            complaints.append(f"{error}")
-        else:
-            return format
-    known = " or ".join(LAYOUTS[source])
-    raise UserError(f"corpus.{source}: the first sample is not of layout {known}. " + " ".join(complaints))
+def find_format(source: str, path: Path, layouts: Sequence[str]) -> str:
+    """The layout of the first valid samples of `path`; raises UserError with what was seen and what each layout missed.
+
+    A single layout is not looked for: what does not follow it is named by the reading itself.
+    """
+    if len(layouts) == 1 and layouts != LAYOUTS[source]:
+        return layouts[0]
+    readers = {layout: tar_reader(layout) for layout in layouts}
+    return detect(f"corpus.{source}={path}", readers, read_shard(source, path))
 
 
-def checked(format: str, members: dict[str, bytes], origin: Origin) -> Document:
-    """The sample as a document of strings and pictures that uses every picture of the sample; else UserError naming it."""
-    try:
-        document = read_document(format, members, origin)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # no UTF-8, no JSON, JSON of another shape
-        raise UserError(
-            f"{origin}: does not follow the layout {format!r} ({type(error).__name__}: {error}). Correct it, or take it out."
-        ) from error
-    for number, part in enumerate(document.parts):
-        if not isinstance(part, (str, Image)):
-            raise UserError(f"{origin}: text slot {number} holds {part!r}, which is no text. Correct it, or take it out.")
-    pictures = {member for member in members if member.rpartition(".")[2].lower() in IMAGE_EXTENSIONS}
-    if unused := sorted(pictures - {image.name for image in document.images}):
-        raise UserError(
-            f"{origin}: layout {format!r} has no place for the picture {', '.join(unused)}, which would be lost. Give the shard "
-            "as the source it belongs to (captions, interleaved), or take the picture out."
-        )
-    for image in document.images:
-        _check_picture(image, origin)
-    return document
+def tar_reader(layout: str) -> Callable[[Origin, Mapping[str, bytes]], Document]:
+    return partial(_read, layout)
 
 
-def _check_picture(image: Image, origin: Origin) -> None:
-    """By its header alone, which takes microseconds; a picture damaged further in is found when training decodes it."""
-    import PIL.Image
-
-    try:
-        with PIL.Image.open(io.BytesIO(image.data)) as picture:
-            pixels = picture.width * picture.height
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise UserError(f"{origin}: {image.name} is no picture that can be decoded ({error}). Take the sample out.") from error
-    if pixels > MAX_PIXELS:
-        raise UserError(f"{origin}: {image.name} has {pixels:,} pixels; the cap is {MAX_PIXELS:,}. Shrink it, or take it out.")
+def _read(layout: str, origin: Origin, members: Mapping[str, bytes]) -> Document:
+    return checked(layout, members, origin)
 
 
 # ------------------------------------------------------------------------------------------------------------ afterwards
+
+
+def given_tokenizer(config: OwnConfig) -> Path | None:
+    """The folder of corpus.tokenizer, read once before hours of reading shards: is it one, and does it end documents?"""
+    if config.tokenizer is None:
+        return None
+    folder = Path(config.tokenizer).expanduser()
+    load_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(given: Path | None, texts: list[str], vocab_size: int, target: Path) -> None:
+    """The corpus's tokenizer: a copy of the one given, or one trained on `texts`."""
+    if given is not None:
+        copy_tokenizer(given, target)
+        return
+    print(f"  training the tokenizer on {sum(map(len, texts)):,} characters of the train splits", flush=True)
+    train_tokenizer(texts, vocab_size, target)
 
 
 def copy_tokenizer(given: Path, target: Path) -> None:
