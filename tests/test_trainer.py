@@ -109,19 +109,34 @@ def test_two_processes_compute_what_one_does(home: Path, corpus: Path, one_proce
         torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=2e-4)
 
 
+def kill_after_a_checkpoint(home: Path, corpus: Path, *overrides: str) -> None:
+    process = subprocess.Popen(
+        command(corpus, *overrides), env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while not list(home.glob("runs/*/checkpoints/step-0000004")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
+def test_a_run_resumes_on_another_number_of_processes(home: Path, corpus: Path, one_process: Path) -> None:
+    """One process is killed, two go on with two loader workers each: still the curve of one that was never interrupted."""
+    kill_after_a_checkpoint(home, corpus, "train.checkpoint_every=4")
+    output = train(home, corpus, "train.checkpoint_every=4", "engine.micro_batch=2", "engine.workers=2", ranks=2)
+    assert "Going on from step" in output
+    for (loss, norm), (expected_loss, expected_norm) in zip(curve(home), curve(one_process), strict=True):
+        assert loss == pytest.approx(expected_loss, rel=2e-4)
+        assert norm == pytest.approx(expected_norm, rel=2e-3)
+
+
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
 def test_a_killed_run_resumes_to_the_same_numbers(
     home: Path, corpus: Path, one_process: Path, zero_stage: int, precision: str
 ) -> None:
     """kill -9 after a checkpoint; the next start ends with the very curve of the run that was never interrupted."""
     overrides = (f"engine.zero_stage={zero_stage}", f"engine.precision={precision}", "train.checkpoint_every=4")
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command(corpus, *overrides), env=environment(home), **silent)
-    deadline = time.time() + 120
-    while not list(home.glob("runs/*/checkpoints/step-0000004")) and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    kill_after_a_checkpoint(home, corpus, *overrides)
     output = train(home, corpus, *overrides)
     assert "Going on from step" in output
     expected = curve(one_process)
@@ -142,7 +157,7 @@ def test_a_tower_with_batch_norm_trains_in_bf16(home: Path, corpus: Path) -> Non
         [sys.executable, "-m", "mm1.train", *arguments], env=environment(home), capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert all(0 < loss < 10 and 0 < norm for loss, norm in curve(home))
+    assert all(0 < loss < 10 and norm > 0 for loss, norm in curve(home))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(home: Path, corpus: Path) -> None:
