@@ -1,4 +1,7 @@
-"""The commands that look at data: verify finds what was broken on purpose and nothing else; stream prints what training sees."""
+"""The commands that look at data.
+
+verify finds what was broken on purpose and nothing else; stream and inspect show what training sees.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,24 @@ import json
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from configs.command import compose
 from configs.errors import UserError
-from data_pipelines.shards import Manifest, index_shard
-from data_pipelines.stream import StreamConfig, lines
+from data_pipelines.inspect import InspectConfig, contact_sheet, look
+from data_pipelines.loader import PackedLoader
+from data_pipelines.packing import IGNORE
+from data_pipelines.page import page
+from data_pipelines.shards import Manifest, SplitWriter, index_shard, read_all
+from data_pipelines.stream import StreamConfig, StreamSettings, lines, open_stream
 from data_pipelines.verify import Report, main, verify_shard
+from data_pipelines.views import End, Text, runs
 from mm1.config import TrainConfig
-from tests.corpus import square, write_corpus
+from tests.corpus import square, tokenizer, write_corpus
 
 # ----------------------------------------------------------------------------------------------------------------- verify
 
@@ -221,7 +231,7 @@ def by_step_and_slot(printed: list[str]) -> list[str]:
     return sorted(printed, key=lambda line: [int(number) for number in line.split()[:2]])
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 2), (4, 0), (4, 3), (12, 1)])
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 2), (4, 0), (6, 2), (12, 1)])
 def test_the_lines_of_all_ranks_are_those_of_one(unbroken: Path, world: int, workers: int) -> None:
     one = streamed(unbroken, "steps=4")
     assert [line.split()[:2] for line in one] == [[str(step), str(slot)] for step in range(4) for slot in range(12)]
@@ -252,14 +262,161 @@ def test_impossible_streams_are_refused(unbroken: Path, overrides: list[str], sa
         streamed(unbroken, *overrides)
 
 
-@pytest.mark.parametrize(("name", "schema"), [("stream", StreamConfig)])
-def test_the_data_shown_are_those_of_the_base_configuration(name: str, schema: type[StreamConfig]) -> None:
+@pytest.mark.parametrize(("name", "schema"), [("stream", StreamConfig), ("inspect", InspectConfig)])
+def test_the_data_shown_are_those_of_the_base_configuration(name: str, schema: type[StreamSettings]) -> None:
     shown, trained = compose(name, schema), compose("train", TrainConfig)
     assert (shown.data, shown.packing, shown.seed) == (trained.data, trained.packing, trained.seed)
     assert (shown.train.global_batch, shown.connector.num_tokens) == (trained.train.global_batch, trained.image_tokens)
+    if isinstance(shown, InspectConfig):
+        assert shown.image_encoder.image_size == trained.image_encoder.image_size
 
 
-@pytest.mark.parametrize("module", ["verify", "stream"])
+# ---------------------------------------------------------------------------------------------------------------- inspect
+
+
+HOSTILE = "<script>alert(1)</script> & \"quoted\" 'single' \x07 <img src=x onerror=alert(1)> 😀</span></div>"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_corpus(tmp_path_factory.mktemp("corpora") / "hostile")
+    manifest = Manifest.load(folder)
+    for source, format in (("captions", "img2dataset"), ("text", "text")):
+        writer = SplitWriter(folder, source, "train", format=format)
+        for number in range(8):
+            picture = {"png": square("green")} if source == "captions" else {}
+            writer.write({**picture, "txt": f"{number} {HOSTILE}"}, images=len(picture))
+        manifest.splits[source]["train"] = writer.close()
+    manifest.save(folder)
+    return folder
+
+
+class Read(HTMLParser):
+    """What a browser would make of the page: tags, attributes, and the text inside each document's body."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.bodies: list[str] = []
+        self.stack: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in {"meta", "img", "br"}:
+            return
+        self.stack.append(dict(attrs).get("class") or f"<{tag}>")
+        if self.stack[-1] == "body":
+            self.bodies.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.stack.pop()
+
+    def handle_data(self, data: str) -> None:
+        if "body" in self.stack[3:] and not {"end", "<small>"} & set(self.stack):
+            self.bodies[-1] += data
+
+
+def inspected(corpus: Path, *overrides: str) -> tuple[InspectConfig, str, list]:
+    sizes = [*SIZES, "image_encoder.image_size=8", "steps=3", "sequences=36"]
+    config = compose("inspect", InspectConfig, [f"data.corpus={corpus}", *sizes, *overrides])
+    tallies, views = look(config)
+    return config, page(config, tallies, views), views
+
+
+def shards_texts(folder: Path) -> dict[str, str]:
+    """origin -> the text of its document, straight from the shards."""
+    found = {}
+    for source, splits in Manifest.load(folder).splits.items():
+        for file, key, members in read_all(folder, splits["train"]):
+            spans = json.loads(members["json"])["texts"] if "json" in members else [members["txt"].decode()]
+            found[f"{source}:{file}:{key}"] = "".join(span for span in spans if span)
+    return found
+
+
+@pytest.mark.parametrize("policy", ["first_fit", "single"])
+def test_the_page_holds_every_document_escaped_and_every_image(hostile: Path, policy: str) -> None:
+    _, written, views = inspected(hostile, "packing.seq_len=512", "packing.max_images=12", f"packing.policy={policy}")
+    documents = [document for shown in views for document in shown.documents]
+    read, texts = Read(written), shards_texts(hostile)
+    assert len(documents) == len(read.bodies) >= 36
+    for document, body in zip(documents, read.bodies, strict=True):
+        expected = texts[document.origins[0]].replace("\x07", "\N{SYMBOL FOR BELL}")
+        assert body == expected
+        assert isinstance(document.parts[-1], End)  # none is so long that it was cut
+    images = [attributes for tag, attributes in read.tags if tag == "img"]
+    assert len(images) == written.count("<img ") == sum(len(document.pictures) for document in documents) > 20
+    assert all((image["src"] or "").startswith("data:image/png;base64,") and image["width"] == "8" for image in images)
+
+
+def test_a_corpus_cannot_put_code_into_the_page(hostile: Path) -> None:
+    _, written, _ = inspected(hostile)
+    read = Read(written)
+    assert "<script" not in written
+    assert "&lt;script&gt;" in written
+    assert {tag for tag, _ in read.tags}.isdisjoint({"script", "iframe", "link", "object", "a"})
+    assert not [name for _, attributes in read.tags for name in attributes if name.startswith("on")]
+    assert read.stack == []
+
+
+@pytest.mark.parametrize("policy", ["first_fit", "concat"])
+def test_black_text_is_what_the_labels_ask_for(unbroken: Path, policy: str) -> None:
+    config, _, views = inspected(unbroken, f"packing.policy={policy}")
+    stream, _ = open_stream(config)
+    items = [item for item, _ in islice(PackedLoader(stream, image_size=None, micro_batch=1).sequences(), 36)]
+    for shown, item in zip(views, items, strict=True):
+        labels = item.sequence.labels[item.sequence.labels != IGNORE]
+        parts = [part for document in shown.documents for part in document.parts]
+        scored = "".join(part.text for part in parts if isinstance(part, Text) and not part.unscored)
+        assert scored == tokenizer().decode(labels[labels != tokenizer().eos_token_id])
+        assert shown.loss_tokens == len(labels)
+
+
+def test_borders_and_images_are_where_the_model_gets_them(unbroken: Path) -> None:
+    config, _, views = inspected(unbroken)
+    stream, _ = open_stream(config)
+    batches = [b for step in islice(PackedLoader(stream, image_size=8, micro_batch=12), 3) for b in step]
+    for batch, group in zip(batches, (views[i : i + 12] for i in (0, 12, 24)), strict=True):
+        for row, shown in enumerate(group):
+            owners = [number for number, d in enumerate(shown.documents, 1) for _ in range(d.start, d.stop)]
+            assert owners + [0] * (96 - len(owners)) == batch.document_ids[row].tolist()
+        pictures = [part for shown in group for document in shown.documents for part in document.pictures]
+        assert [part.start for part in pictures] == batch.image_slots[:, 1].tolist()
+        assert all((part.pixels == image).all() for part, image in zip(pictures, batch.images, strict=True))
+
+
+def test_tallies_count_all_steps_and_views_only_the_first(unbroken: Path) -> None:
+    config, _, every = inspected(unbroken)
+    tallies, views = look(compose("inspect", InspectConfig, [f"data.corpus={unbroken}", *SIZES, "steps=3", "sequences=2"]))
+    assert len(views) == 2
+    assert sum(t.sequences for t in tallies) == 36
+    assert sum(t.tokens for t in tallies) == 36 * config.packing.seq_len
+    assert sum(t.padding for t in tallies) == sum(shown.length - shown.used for shown in every)
+    assert sum(t.images for t in tallies) == sum(len(d.pictures) for shown in every for d in shown.documents)
+    assert sum(t.loss_tokens for t in tallies) == sum(shown.loss_tokens for shown in every)
+    for tally in tallies:
+        assert abs(tally.sequences / 36 - tally.target) < 1 / 12
+
+
+def test_text_is_not_cut_inside_a_character() -> None:
+    ids = tokenizer().encode("😀 smile", add_special_tokens=False)
+    found = runs(ids, [True] + [False] * (len(ids) - 1), tokenizer())
+    assert [run.text for run in found] == ["😀", " smile"]
+
+
+def test_too_many_sequences_are_refused(unbroken: Path) -> None:
+    with pytest.raises(UserError, match=r"sequences=40.*36"):
+        inspected(unbroken, "sequences=40")
+
+
+def test_a_contact_sheet_has_a_band_for_each_sequence(unbroken: Path) -> None:
+    config, _, views = inspected(unbroken)
+    whole, half = contact_sheet(views, config.packing.seq_len), contact_sheet(views[:18], config.packing.seq_len)
+    assert whole.width == half.width
+    assert whole.height > half.height > 18 * 56
+
+
+@pytest.mark.parametrize("module", ["verify", "stream", "inspect"])
 def test_help_needs_no_torch(module: str) -> None:
     code = "import sys; sys.argv = ['x', '--help']; import atexit; atexit.register(lambda: print('torch' in sys.modules));"
     code += f"from data_pipelines.{module} import main; main()"
