@@ -53,7 +53,7 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def parquet(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema | None = None, group: int = 2) -> Path:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path, row_group_size=group)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path, row_group_size=group, compression="zstd")
     return path
 
 
@@ -244,6 +244,21 @@ def test_a_conversion_keeps_every_part_and_the_order_of_documents(documents: lis
         assert again.fingerprint == manifest.fingerprint
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.data(), st.sampled_from(["p.parquet", "p.jsonl", "p.jsonl.gz", "p.jsonl.zst"]))
+def test_a_malformed_row_is_named_wherever_it_stands(count: int, data: st.DataObject, name: str) -> None:
+    bad = data.draw(st.integers(0, count))
+    given_rows = [{"images": [None], "texts": ["good"]}] * count
+    given_rows.insert(bad, {"images": [None], "texts": [None]})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        file = parquet(path, given_rows, SCHEMA) if name.endswith("parquet") else jsonl(path, given_rows)
+        row = f"row {bad}" if name.endswith("parquet") else f"line {bad + 1}"
+        with pytest.raises(UserError, match=rf"interleaved:.*{name}:{row}: slot 0 must hold .* neither"):
+            convert.prepare(replace(BASE, interleaved=str(file)), Path(folder) / "out")
+        assert [entry.name for entry in Path(folder).iterdir()] == [name]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.binary(max_size=40), max_size=12), st.integers(1, 9))
 def test_lines_do_not_depend_on_where_the_file_is_cut_into_pieces(lines: list[bytes], size: int) -> None:
@@ -357,7 +372,7 @@ def test_a_malformed_obelics_row_is_named(tmp_path: Path, store: Path, row: dict
             {"text_list": ["a"], "image_info": [INFO | {"matched_text_index": 1}]},
             r"\[0\].matched_text_index is 1; .* 1 sentences",
         ),
-        ({"text_list": ["a"], "image_info": [INFO | {"matched_text_index": True}]}, "matched_text_index is True"),
+        ({"text_list": ["a", "b"], "image_info": [INFO | {"matched_text_index": True}]}, "matched_text_index is True"),
         ({"text_list": ["a"], "image_info": [{"image_name": "a"}]}, "KeyError: 'matched_text_index'"),
         ({"text_list": ["a"], "image_info": [INFO | {"image_base64": "?"}]}, "image_base64 is not base64"),
         ({"text_list": ["a"], "image_info": [INFO | {"image_base64": "AAAA"}]}, "a.png is no picture that can be decoded"),
@@ -424,6 +439,18 @@ def test_a_file_that_ends_too_early_is_no_shorter_corpus(tmp_path: Path, name: s
             prepare(replace(BASE, text=str(file)))
 
 
+@pytest.mark.parametrize("layout", [None, "obelics"])
+def test_empty_and_doubled_files_are_named(tmp_path: Path, layout: str | None) -> None:
+    good = parquet(tmp_path / "a.parquet", [GOOD], SCHEMA)
+    config = replace(BASE, interleaved=str(tmp_path / "*.parquet"), interleaved_format=layout)
+    parquet(tmp_path / "b.parquet", [], SCHEMA)
+    with pytest.raises(UserError, match=r"b\.parquet: holds no samples"):
+        prepare(config)
+    (tmp_path / "b.parquet").write_bytes(good.read_bytes())
+    with pytest.raises(UserError, match=r"b\.parquet and .*a\.parquet are the same, byte for byte"):
+        prepare(config)
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("cap", ["MAX_LINE_BYTES", "SLACK_BYTES"])
 def test_decompression_bombs_stop_early(tmp_path: Path, suffix: str, cap: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +462,14 @@ def test_decompression_bombs_stop_early(tmp_path: Path, suffix: str, cap: str, m
     said = "a line of more than" if cap == "MAX_LINE_BYTES" else "decompression bomb"
     with pytest.raises(UserError, match=said):
         list(rows.read_rows(file))
+
+
+def test_a_parquet_bomb_is_refused_by_its_footer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "SLACK_BYTES", 2_000_000)
+    file = parquet(tmp_path / "t.parquet", [{"text": "a" * 20_000_000, "other": "b"}])
+    with pytest.raises(UserError, match="decompression bomb"):
+        list(rows.read_rows(file))
+    assert list(rows.read_rows(file, ("other",))) == [("row 0", {"other": "b"}, file.stat().st_size)]  # text is not unpacked
 
 
 @pytest.mark.parametrize(

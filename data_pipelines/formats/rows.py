@@ -167,17 +167,27 @@ def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[str, d
 
     size, number = path.stat().st_size, 0
     try:
-        with ParquetFile(path) as file:
+        # pre_buffer would hold a row group's packed columns whole, which in some corpora is the whole file
+        with ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
             chosen = [name for name in names if columns is None or name in columns]
             if not chosen:
                 raise UserError(f"{path}: has the columns {', '.join(names)}; looked for {', '.join(columns or ())}.")
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=chosen):
+            if _declared_bytes(file.metadata, chosen) > MAX_RATIO * size + SLACK_BYTES:
+                raise UserError(f"{path}: unpacks to more than {MAX_RATIO} times its size; refused as a decompression bomb.")
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=chosen, use_threads=False):
                 for row in batch.to_pylist():
                     yield f"row {number}", row, size * (number + 1) // file.metadata.num_rows
                     number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the parquet file is damaged at or after row {number} ({error}). Bring it again.") from error
+
+
+def _declared_bytes(metadata: Any, columns: Sequence[str]) -> int:
+    """Unpacked size of the columns, as the file's own footer has it: it stops careless files, not one whose footer lies."""
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] in columns)
 
 
 def needs_module(path: Path, kind: str) -> None:
