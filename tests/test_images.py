@@ -1,0 +1,110 @@
+"""Decoding: agreement with Pillow, whole pictures only, nothing too large."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import UserError
+from data_pipelines.images import decode_image, decode_rgb
+
+
+def picture(width: int = 64, height: int = 48, mode: str = "RGB") -> Image.Image:
+    """Smooth ramps and hard edges, so that a wrong filter or a shift by a pixel shows."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, ((x // 7 + y // 5) % 2) * 200], -1).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (64, 48), (48, 64), (33, 64), (200, 150), (20, 20), (500, 3)])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_pixels_are_pillows_within_one_grey_level(width: int, height: int, format: str) -> None:
+    data = encoded(picture(width, height), format, **({} if format == "PNG" else {"quality": 90}))
+    size = 32
+    ours = decode_image(data, size).numpy().transpose(1, 2, 0).astype(int)
+    reference = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = size / max(width, height)
+    to = (max(1, round(width * scale)), max(1, round(height * scale)))
+    square = Image.new("RGB", (size, size), "white")
+    square.paste(reference.resize(to, Image.Resampling.BICUBIC), ((size - to[0]) // 2, (size - to[1]) // 2))
+    # JPEG: Pillow brings its own libjpeg, whose arithmetic may differ by a level before resizing
+    assert np.abs(ours - np.asarray(square).astype(int)).max() <= (1 if format != "JPEG" else 3)
+
+
+def test_a_picture_of_the_right_size_is_untouched() -> None:
+    ours = decode_image(encoded(picture(32, 32), "PNG"), 32).numpy()
+    assert np.array_equal(ours.transpose(1, 2, 0), np.asarray(picture(32, 32)))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
+def test_other_modes_become_rgb(mode: str) -> None:
+    image = picture(mode=mode)
+    data = encoded(image, "JPEG", quality=95) if mode == "CMYK" else encoded(image, "PNG")
+    difference = np.abs(decode_rgb(data).astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int))
+    assert difference.max() <= 2
+
+
+def test_transparent_pixels_are_white() -> None:
+    image = picture().convert("RGBA")
+    image.putalpha(0)
+    assert (decode_rgb(encoded(image, "PNG")) == 255).all()
+
+
+JPEG = encoded(picture(640, 480), "JPEG", quality=90)
+
+
+@pytest.mark.parametrize("tail", [b"", b"junk after the end"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_perfect_pictures_in_untidy_files_survive(tail: bytes, progressive: bool) -> None:
+    data = encoded(picture(), "JPEG", quality=90, progressive=progressive)
+    whole = decode_rgb(data)
+    assert np.array_equal(decode_rgb(data + tail), whole)
+    assert np.array_equal(decode_rgb(data[:-2]), whole)  # lacks only its end marker
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize("end", [b"", b"\xff\xd9"])
+def test_a_cut_jpeg_is_refused_also_with_an_end_marker(keep: float, end: bytes) -> None:
+    """Pillow takes the second kind for a whole picture and fills the rest with grey."""
+    data = JPEG[: int(len(JPEG) * keep)] + end
+    if end:
+        Image.open(io.BytesIO(data)).load()  # no complaint
+    with pytest.raises(UserError, match="item 7: not a whole, decodable image"):
+        decode_image(data, 32, name="item 7")
+
+
+def test_garbled_bytes_are_refused() -> None:
+    """JPEG has no checksum, so not every flipped bit can be noticed; a lost block of the file can."""
+    middle = len(JPEG) // 2
+    with pytest.raises(UserError, match="not a whole"):
+        decode_rgb(JPEG[:middle] + JPEG[middle + 512 :])
+
+
+PNG, WEBP = encoded(picture(), "PNG"), encoded(picture(), "WEBP")
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>", b"\xff\xd8\xff", PNG[: len(PNG) // 2], WEBP[: len(WEBP) // 2]])
+def test_what_is_no_picture_is_named(data: bytes) -> None:
+    with pytest.raises(UserError, match="caption 3"):
+        decode_image(data, 32, name="caption 3")
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    with pytest.raises(UserError, match=r"60000x60000 pixels|decompression bomb"):
+        decode_rgb(bomb)
