@@ -2,7 +2,7 @@
 
     images_640, images_1024   JPEG of 640x480 and 1024x768 -> uint8 tensors of 336 px, images a second on one core
                               peer: WebDataset(...).decode("pil"), torchvision's bicubic Resize and PILToTensor
-    text                      tar members -> documents, documents a second on one core, in random order for ours, in order for the peer
+    text                      tar members -> documents, documents a second on one core; ours in random order, the peer in order
     loader                    caption shards -> packed batches with 2 worker processes, images a second
                               peer: the same decoding in a WebLoader of 2 workers, captions tokenised one by one and padded
 
@@ -88,7 +88,8 @@ def images(width: int, height: int, repeats: int) -> Row:
         ours = best_rate(count, lambda: [decode_image(reader[i][2]["jpg"], SIZE) for i in range(count)], repeats)
         peer = best_rate(count, lambda: list(webdataset_images(shards)), repeats)
         limit = best_rate(count, lambda: [decode_jpeg(reader[i][2]["jpg"]) for i in range(count)], repeats)
-    return Row(f"images_{width}", ours, peer, ours / peer, limit, "images/s a core", "webdataset, PIL, torchvision", "JPEG decoding alone")
+    peer_name = "webdataset, PIL, torchvision"
+    return Row(f"images_{width}", ours, peer, ours / peer, limit, "images/s a core", peer_name, "JPEG decoding alone")
 
 
 def text(repeats: int) -> Row:
@@ -154,8 +155,9 @@ def loader(repeats: int) -> Row:
 
         ours, peer = best_rate(count, ours_images, repeats), best_rate(count, peer_images, repeats)
         reader = ShardReader(folder, Manifest.load(folder).split("captions", "train"))
-        limit = workers * best_rate(len(reader), lambda: [decode_jpeg(reader[i][2]["jpg"]) for i in range(len(reader))], repeats)
-    return Row("loader", ours, peer, ours / peer, limit, "images/s, 2 workers", "webdataset's WebLoader", "JPEG decoding alone, 2 cores")
+        decoded = best_rate(len(reader), lambda: [decode_jpeg(reader[i][2]["jpg"]) for i in range(len(reader))], repeats)
+    limit, peer_name = workers * decoded, "webdataset's WebLoader"
+    return Row("loader", ours, peer, ours / peer, limit, "images/s, 2 workers", peer_name, "JPEG decoding alone, 2 cores")
 
 
 CASES: dict[str, Callable[[int], Row]] = {
