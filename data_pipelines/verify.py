@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import io
 import json
 import os
 import sys
@@ -27,11 +26,12 @@ from typing import BinaryIO
 
 from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.corpora.tars import checked
+from data_pipelines.corpora.detection import checked
 from data_pipelines.document import Document, Origin
 from data_pipelines.formats import READERS
 from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
-from data_pipelines.images import MAX_PIXELS, decode_image
+from data_pipelines.formats.pictures import PictureError, header
+from data_pipelines.images import decode_image
 from data_pipelines.shards import BLOCK, MANIFEST, Manifest, Shard, _pax_records, _tar_number, sha256_of
 
 TASK = "task"
@@ -290,14 +290,14 @@ def check(file: BinaryIO, sample: Sample, format: str, origin: Origin, images: b
     for name in pictures(members):
         if reason := picture_fault(members[name], images):
             start, size = sample.members[name]
-            faults.append(Fault(origin.shard, origin.key, start, start + size, f"{name}: {reason}"))
+            faults.append(Fault(origin.shard, origin.key, start, start + size, f"{name} {reason}"))
     document, reason = read_sample(format, members, origin)
     if reason and not (faults and reason.startswith(tuple(f"{name} " for name in pictures(members)))):
         faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, reason))
     if document is not None and images:
         for image in document.images:  # those that lie inside another member, a JSON's base64 or a TIFF's frames
             if image.name not in members and (reason := picture_fault(image.data, True)):
-                faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, f"{image.name}: {reason}"))
+                faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, f"{image.name} {reason}"))
     return (None if faults else document), faults
 
 
@@ -323,19 +323,16 @@ def pictures(members: Mapping[str, object]) -> list[str]:
 
 def picture_fault(data: bytes, decode: bool) -> str:
     """Why a picture cannot be used, or "". By its header; with `decode`, by the very function that training calls."""
-    import PIL.Image
-
     try:
-        with PIL.Image.open(io.BytesIO(data)) as picture:
-            pixels = picture.width * picture.height
-        if pixels > MAX_PIXELS:
-            return f"{pixels:,} pixels; the cap is {MAX_PIXELS:,}"
+        header(data)
         if decode:
             decode_image(data, 16)
+    except PictureError as error:
+        return str(error)
     except UserError as error:
-        return str(error).removeprefix("image: ")
+        return f"is damaged: {str(error).removeprefix('image: ')}"
     except Exception as error:  # decoders of damaged files raise what they like, and one picture must not end the verification
-        return f"no picture that can be decoded ({type(error).__name__}: {error})"
+        return f"is no picture that can be decoded ({type(error).__name__}: {error})"
     return ""
 
 

@@ -5,10 +5,13 @@ verify finds what was broken on purpose and nothing else; stream and inspect sho
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
@@ -33,9 +36,6 @@ from tests.corpus import square, tokenizer, write_corpus
 
 def shard(path: Path, members: list[tuple[str, bytes]]) -> list[int]:
     """Write a tar as the standard library does; returns where each member's header stands, and at last the closing blocks."""
-    import io
-    import tarfile
-
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         starts = []
         for name, data in members:
@@ -108,9 +108,6 @@ def test_members_are_not_paired_across_a_damaged_region(tmp_path: Path) -> None:
 
 
 def test_a_name_whose_long_header_was_lost_is_not_trusted(tmp_path: Path) -> None:
-    import io
-    import tarfile
-
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for name in ("d" * 98 + "/k.txt", "d" * 98 + "/k.png"):
             info = tarfile.TarInfo(name)
@@ -144,6 +141,29 @@ def test_two_broken_pictures_of_one_page_are_two_faults(tmp_path: Path) -> None:
     page = json.dumps({"images": ["0.png", None, "1.png"], "texts": [None, "between", None]}).encode()
     shard(tmp_path / "a.tar", [("k.0.png", b"no"), ("k.1.png", b"no"), ("k.json", page)])
     assert [fault.key for fault in verified(tmp_path / "a.tar", format="energon").faults] == ["k", "k"]
+
+
+def test_a_picture_beyond_the_cap_is_a_fault_without_being_decoded(tmp_path: Path) -> None:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, "PNG")
+    shard(tmp_path / "a.tar", [*captions(2), ("9.txt", b"large"), ("9.png", buffer.getvalue())])
+    (fault,) = verified(tmp_path / "a.tar").faults
+    assert fault.key == "9"
+    assert "81,000,000 pixels" in fault.reason
+
+
+def test_pictures_inside_a_json_are_decoded_too(tmp_path: Path) -> None:
+    def page(data: bytes) -> bytes:
+        image = {"image_name": "a.png", "matched_text_index": 0, "image_base64": base64.b64encode(data).decode()}
+        return json.dumps({"text_list": ["A sentence."], "image_info": [image]}).encode()
+
+    shard(tmp_path / "a.tar", [("1.json", page(square("red"))), ("2.json", page(square("blue", 64)[:-40]))])
+    assert verified(tmp_path / "a.tar").faults == []
+    report = verified(tmp_path / "a.tar", images=True)
+    assert report.format == "mmc4"
+    assert [fault.key for fault in report.faults] == ["2"]
 
 
 @pytest.mark.parametrize(
