@@ -123,7 +123,7 @@ def sequence(shown: View) -> str:
     images = sum(len(document.pictures) for document in shown.documents)
     padding = shown.length - shown.used
     facts = [
-        plural(len(shown.documents), "document"),
+        plural(sum(len(held.origins) for held in shown.documents), "document"),
         plural(images, "image"),
         f"{shown.used:,} of {shown.length:,} tokens",
         f"{padding / shown.length:.1%} padding",
@@ -164,7 +164,7 @@ def document(number: int, held: DocumentView) -> str:
     characters = sum(len(part.text) for part in held.parts if isinstance(part, Text))
     size = " small" if characters <= SMALL and len(held.pictures) <= 1 else ""
     parts = "".join(map(group, groups(held.parts)))
-    origins = "<br>".join(map(safe, held.origins))
+    origins = " &middot; ".join(map(safe, held.origins))
     return f"""<article class="{tint(number)}{size}"><div class="origin"><span>{origins}</span>
 <span>{held.start}&ndash;{held.stop - 1}</span></div><div class="body">{parts}</div></article>
 """
