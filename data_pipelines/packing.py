@@ -111,22 +111,19 @@ class Packer:
         return self.config.seq_len - sum(p.tokens for p in sequence), self.config.max_images - sum(p.images for p in sequence)
 
     def _first_fit(self) -> list[Piece]:
+        rooms = [self._room(sequence) for sequence in self.open]
         while len(self.open) <= self.config.open_sequences:
             for piece in self._take():
-                for sequence in self.open:
-                    tokens, images = self._room(sequence)
-                    if piece.tokens <= tokens and piece.images <= images:
-                        sequence.append(piece)
-                        break
-                else:
-                    self.open.append([piece])
+                fitting = (i for i, (tokens, images) in enumerate(rooms) if piece.tokens <= tokens and piece.images <= images)
+                number = next(fitting, len(rooms))
+                if number == len(rooms):
+                    self.open.append([])
+                    rooms.append((self.config.seq_len, self.config.max_images))
+                self.open[number].append(piece)
+                rooms[number] = (rooms[number][0] - piece.tokens, rooms[number][1] - piece.images)
         # The fullest leaves: by the scarcer of its two dimensions, the oldest among equals.
-        fullest = min(range(len(self.open)), key=lambda i: (self._slack(self.open[i]), i))
-        return self.open.pop(fullest)
-
-    def _slack(self, sequence: list[Piece]) -> float:
-        tokens, images = self._room(sequence)
-        return min(tokens / self.config.seq_len, images / self.config.max_images)
+        slack = [min(tokens / self.config.seq_len, images / self.config.max_images) for tokens, images in rooms]
+        return self.open.pop(slack.index(min(slack)))
 
     def _concat(self) -> list[Piece]:
         waiting = self.open or [[]]

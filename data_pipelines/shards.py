@@ -230,13 +230,13 @@ class SampleIndex:
     members: Mapping[str, tuple[int, int]]
 
 
-def _tar_number(field_bytes: bytes) -> int:
+def tar_number(field_bytes: bytes) -> int:
     if field_bytes[0] & 0x80:  # base-256, for members of 8 GiB and more
         return int.from_bytes(field_bytes, "big") & ((1 << (8 * len(field_bytes) - 1)) - 1)
     return int(field_bytes.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
-def _pax_records(body: bytes) -> dict[str, str]:
+def pax_records(body: bytes) -> dict[str, str]:
     records, rest = {}, body
     while rest[:1].isdigit():
         length, _, _ = rest.partition(b" ")
@@ -261,7 +261,7 @@ def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
             if header == bytes(BLOCK):
                 return
             try:
-                size, checksum = _tar_number(header[124:136]), _tar_number(header[148:156])
+                size, checksum = tar_number(header[124:136]), tar_number(header[148:156])
             except ValueError:
                 checksum, size = -1, 0
             if sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
@@ -277,7 +277,7 @@ def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
             if kind == b"L":
                 long_name = file.read(size).rstrip(b"\0").decode("utf-8", "replace")
             elif kind == b"x":
-                pax = _pax_records(file.read(size))
+                pax = pax_records(file.read(size))
             else:
                 if kind in (b"0", b"\0"):
                     name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")

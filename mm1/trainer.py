@@ -70,6 +70,9 @@ class Trainer:
             step=self.step,
             states=self.lanes,
         )
+        if self.workers.main and loader.workers != self.config.engine.workers:
+            asked = f"engine.workers={self.config.engine.workers}"
+            print(f"  {asked} do not divide the {loader.per_step} sequences a process takes each step: {loader.workers} used")
         log = MetricsLog(self.run, self.step) if self.workers.main else None
         peak = peak_flops(self.workers.device, self.config.engine.precision)
         quiet = not self.workers.main
