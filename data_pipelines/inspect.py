@@ -75,7 +75,7 @@ def main(config: InspectConfig) -> None:
 
     tallies, views = look(config)
     out = Path(config.out).expanduser()
-    out.write_text(page(config, tallies, views), encoding="utf-8")
+    out.write_text(page(config, range(config.start, config.start + config.steps), tallies, views), encoding="utf-8")
     print(f"{len(views)} sequences shown, {sum(t.sequences for t in tallies)} counted: {out.absolute()}")
     if config.png is not None:
         png = Path(config.png).expanduser()

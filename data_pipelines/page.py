@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from data_pipelines.views import PALETTE, DocumentView, End, Picture, Tally, Text, View, picture
 
 if TYPE_CHECKING:
-    from data_pipelines.inspect import InspectConfig
+    from data_pipelines.stream import StreamSettings
 
 SMALL = 160
 """Characters up to which a document with at most one image takes a cell of the grid, not a row."""
@@ -25,11 +25,11 @@ BESIDE = 300
 Part = Text | Picture | End
 
 
-def page(config: InspectConfig, tallies: Sequence[Tally], views: Sequence[View]) -> str:
-    last = config.start + config.steps - 1
+def page(config: StreamSettings, steps: range, tallies: Sequence[Tally], views: Sequence[View]) -> str:
+    """`tallies` are of all `steps`, `views` of the sequences to show."""
     facts = [
         f"corpus {safe(config.data.corpus)}",
-        f"steps {config.start:,} to {last:,}",
+        f"steps {steps.start:,} to {steps.stop - 1:,}",
         f"{config.train.global_batch} sequences a step",
         f"{config.packing.seq_len:,} tokens and at most {config.packing.max_images} images a sequence",
         f"packing {safe(config.packing.policy)}" + ("" if config.packing.isolate_documents else ", documents not isolated"),
