@@ -341,7 +341,7 @@ def inspected(corpus: Path, *overrides: str) -> tuple[InspectConfig, str, list]:
     sizes = [*SIZES, "image_encoder.image_size=8", "steps=3", "sequences=36"]
     config = compose("inspect", InspectConfig, [f"data.corpus={corpus}", *sizes, *overrides])
     tallies, views = look(config)
-    return config, page(config, tallies, views), views
+    return config, page(config, range(config.start, config.start + config.steps), tallies, views), views
 
 
 def shards_texts(folder: Path) -> dict[str, str]:
