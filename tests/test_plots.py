@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("matplotlib")
-
 from ablations import plots
 from ablations.results import Run, read_run
 from ablations.selection import select

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 
-from data_pipelines.images import MAX_PIXELS
+from configs.errors import UserError
+from data_pipelines.images import MAX_PIXELS, decode_rgb
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 """Pillow's name of a format -> the extension its member gets; no other is written into shards."""
@@ -41,14 +42,8 @@ def stored(data: bytes, longest: int | None, quality: int) -> tuple[bytes, str]:
             raise PictureError(f"is {format}; shards hold {', '.join(sorted(set(EXTENSIONS.values())))}")
         return data, EXTENSIONS[format]
     try:
-        with PIL.Image.open(io.BytesIO(data)) as picture:
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:  # white, as images.decode_image shows it
-                coloured = picture.convert("RGBA")
-                rgb = PIL.Image.new("RGB", coloured.size, "white")
-                rgb.paste(coloured, mask=coloured.getchannel("A"))
-            else:
-                rgb = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+        rgb = PIL.Image.fromarray(decode_rgb(data))  # strict, and on white, as training will see it
+    except UserError as error:
         raise PictureError(f"is no picture that can be decoded ({error})") from error
     scale = longest / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
