@@ -122,7 +122,6 @@ class Run:
                     "Give this run another name=..., or delete that folder."
                 )
             return
-        write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
         self.update(
             name=config.run_name,
             ablation=config.ablation,
@@ -133,6 +132,8 @@ class Run:
             status="running",
             corpus={"name": config.data.corpus, "fingerprint": corpus_fingerprint},
         )
+        # Last: a folder with a config.yaml has its run.json, also after a kill between the two.
+        write_atomically(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,0 +1,62 @@
+"""A run's folder: found again, never mistaken for another, whole after a kill at any moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.command import compose
+from configs.errors import UserError
+from mm1 import run as run_module
+from mm1.config import TrainConfig
+from mm1.run import find_run, run_for
+
+FINGERPRINT = "0" * 64
+
+
+@pytest.mark.parametrize("survives", ["run.json", "config.yaml"])
+def test_a_kill_while_the_folder_is_made_is_survived(survives: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose("train", TrainConfig)
+    run = run_for(config, FINGERPRINT)
+    write = run_module.write_atomically
+
+    def killed(path: Path, text: str) -> None:
+        if path.name != survives:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.create(config, FINGERPRINT)
+    run.create(config, FINGERPRINT)
+    run.create(config, FINGERPRINT)  # and once more: the same run
+    assert run.info["identity"] == config.identity()
+    assert run.config["data"]["corpus"] == "starter"
+    assert find_run("base").folder == run.folder
+
+
+def test_another_configuration_in_the_folder_is_named_key_by_key(home: Path) -> None:
+    run = run_for(compose("train", TrainConfig), FINGERPRINT)
+    run.create(compose("train", TrainConfig), FINGERPRINT)
+    with pytest.raises(UserError, match=r"optim\.beta2: 0\.95 -> 0\.9; train\.steps: 340 -> 341"):
+        run.create(compose("train", TrainConfig, ["optim.beta2=0.9", "train.steps=341"]), FINGERPRINT)
+    with pytest.raises(UserError, match="the corpus itself"):
+        run.create(compose("train", TrainConfig), "1" * 64)
+
+
+def test_what_does_not_change_the_weights_does_not_change_the_run(home: Path) -> None:
+    base = run_for(compose("train", TrainConfig), FINGERPRINT).folder
+    for same in ("engine.micro_batch=2", "engine.zero_stage=2", "train.log_every=1", "engine.workers=0"):
+        assert run_for(compose("train", TrainConfig, [same]), FINGERPRINT).folder == base
+    for other in ("seed=1", "engine.precision=bf16", "packing.seq_len=256", "optim.z_loss=1e-4"):
+        assert run_for(compose("train", TrainConfig, [other]), FINGERPRINT).folder != base
+
+
+def test_a_name_that_fits_two_runs_is_not_chosen_between(home: Path) -> None:
+    for seed in (0, 1):
+        config = compose("train", TrainConfig, [f"seed={seed}"])
+        run_for(config, FINGERPRINT).create(config, FINGERPRINT)
+    with pytest.raises(UserError, match=r"run=base fits 2 runs(.|\n)*base-\w{8}(.|\n)*base-\w{8}"):
+        find_run("base")
