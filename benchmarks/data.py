@@ -27,8 +27,9 @@ from data_pipelines.formats import read_document
 from data_pipelines.images import decode_image
 from data_pipelines.lanes import LaneStream
 from data_pipelines.loader import PackedLoader
-from data_pipelines.order import EpochOrder
-from data_pipelines.shards import Manifest, ShardReader, SplitWriter
+from data_pipelines.order import LaneOrder
+from data_pipelines.reader import SplitReader
+from data_pipelines.shards import Manifest, SplitWriter
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.tokens import load_tokenizer
 
@@ -82,12 +83,12 @@ def images(width: int, height: int, repeats: int) -> Row:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = caption_corpus(Path(temporary) / "captions", 120, width, height)
-        reader = ShardReader(folder, Manifest.load(folder).split("captions", "train"))
+        reader = SplitReader(folder, Manifest.load(folder), "captions", "train")
         shards = [str(path) for path in sorted(folder.glob("*.tar"))]
         count = len(reader)
-        ours = best_rate(count, lambda: [decode_image(reader[i][2]["jpg"], SIZE) for i in range(count)], repeats)
+        ours = best_rate(count, lambda: [decode_image(reader[i]["jpg"], SIZE) for i in range(count)], repeats)
         peer = best_rate(count, lambda: list(webdataset_images(shards)), repeats)
-        limit = best_rate(count, lambda: [decode_jpeg(reader[i][2]["jpg"]) for i in range(count)], repeats)
+        limit = best_rate(count, lambda: [decode_jpeg(reader[i]["jpg"]) for i in range(count)], repeats)
     peer_name = "webdataset, PIL, torchvision"
     return Row(f"images_{width}", ours, peer, ours / peer, limit, "images/s a core", peer_name, "JPEG decoding alone")
 
@@ -103,12 +104,14 @@ def text(repeats: int) -> Row:
             writer.write({"txt": "x" * int(rng.integers(200, 3000))})
         split = writer.close()
         shards = [str(folder / shard.file) for shard in split.shards]
+        manifest = Manifest(folder.name, "benchmark", {"text": {"train": split}})
+        manifest.save(folder)
 
         def read() -> None:
-            reader, order = ShardReader(folder, split), EpochOrder(split.samples, 0)
+            reader, order = SplitReader(folder, manifest, "text", "train"), LaneOrder(split.samples, 1, 0)
             for i in range(split.samples):
-                shard, key, members = reader[order[i]]
-                read_document("text", members, Origin("text", shard, key))
+                members = reader[order[0, i] or 0]
+                read_document("text", members, Origin("text", members.shard, members.key))
 
         def stream() -> None:
             for _ in webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode().to_tuple("txt"):
@@ -154,8 +157,8 @@ def loader(repeats: int) -> Row:
                 pass
 
         ours, peer = best_rate(count, ours_images, repeats), best_rate(count, peer_images, repeats)
-        reader = ShardReader(folder, Manifest.load(folder).split("captions", "train"))
-        decoded = best_rate(len(reader), lambda: [decode_jpeg(reader[i][2]["jpg"]) for i in range(len(reader))], repeats)
+        reader = SplitReader(folder, Manifest.load(folder), "captions", "train")
+        decoded = best_rate(len(reader), lambda: [decode_jpeg(reader[i]["jpg"]) for i in range(len(reader))], repeats)
     limit, peer_name = workers * decoded, "webdataset's WebLoader"
     return Row("loader", ours, peer, ours / peer, limit, "images/s, 2 workers", peer_name, "JPEG decoding alone, 2 cores")
 

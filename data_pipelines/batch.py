@@ -1,26 +1,31 @@
 """PackedBatch: the contract between the data pipelines and the model.
 
-    S = sequence length in tokens, B = sequences, N = images of the batch, H = image side in pixels
+S = sequence length in tokens, B = sequences, N = images of the batch, H = image side in pixels
 
-    input_ids     int64 (B, S)        image slots hold the tokeniser's <image> id
-    labels        int64 (B, S)        already shifted: labels[b, s] is the token to predict at s; IGNORE on padding, before image
-                                      tokens, and at every document's last position
-    position_ids  int64 (B, S)        restart at 0 with every document
-    document_ids  int64 (B, S)        1, 2, ... within a sequence; 0 = padding. Tokens attend only within their document
-    images        uint8 (N, 3, H, H)
-    image_slots   int64 (N, 3)        row, start, length: where each image's tokens stand
-    kinds         int64 (B,)          which kind of data each sequence holds, an index into KINDS
+input_ids     int64 (B, S)        image slots hold the tokeniser's <image> id
+labels        int64 (B, S)        already shifted: labels[b, s] is the token to predict at s; IGNORE on padding, before image
+                                  tokens, and at every document's last position
+position_ids  int64 (B, S)        restart at 0 with every document
+document_ids  int64 (B, S)        1, 2, ... within a sequence; 0 = padding. Tokens attend only within their document
+images        uint8 (N, 3, H, H)
+image_slots   int64 (N, 3)        row, start, length: where each image's tokens stand
+kinds         int8 (B, S)         which kind of data each token belongs to, an index into KINDS; -1 = padding
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-IGNORE = -100
-KINDS = ("captions", "interleaved", "text")
+from data_pipelines.config import KINDS
+from data_pipelines.packing import IGNORE
+
+if TYPE_CHECKING:
+    from data_pipelines.faults import Fault
+
+__all__ = ["IGNORE", "KINDS", "PackedBatch"]
 
 
 @dataclass
@@ -32,13 +37,15 @@ class PackedBatch:
     images: torch.Tensor
     image_slots: torch.Tensor
     kinds: torch.Tensor
-    lane_states: list[dict[str, Any]] = field(default_factory=list)
-    """For each row, the state its lane is in once this sequence has been consumed (see lanes.py): what a checkpoint keeps."""
+    lane_states: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """lane -> the state it is in once its sequence of this batch has been consumed (see lanes.py): what a checkpoint keeps."""
+    faults: list[Fault] = field(default_factory=list)
+    """What these lanes could not read since their sequences before."""
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move every tensor; the copy is asynchronous from pinned memory."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "lane_states"}
-        return PackedBatch(**moved, lane_states=self.lane_states)
+        tensors = (f.name for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor))
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
     @property
     def loss_tokens(self) -> int:

@@ -6,15 +6,34 @@ two, a book is [text]. Everything to the right (packing, batches, evaluation) se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Image:
-    """An image as it lies in the shard: encoded bytes (JPEG, PNG, WebP ...), not yet decoded."""
+    """An image as it lies in the shard: encoded bytes (JPEG, PNG, WebP ...), not yet decoded.
 
-    data: bytes
+    `source` holds the bytes or fetches them: documents that wait to be packed keep no pictures in memory.
+    """
+
+    source: bytes | Callable[[], bytes]
     name: str = ""
+
+    @property
+    def data(self) -> bytes:
+        """The encoded bytes; raises what reading them raises (reader.SampleFault, storage.ReadError)."""
+        return self.source if isinstance(self.source, bytes) else self.source()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Image) and self.name == other.name and self.data == other.data
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.data))
+
+    def __reduce__(self) -> tuple[type[Image], tuple[bytes, str]]:
+        """Another process gets the bytes, not the files they come from."""
+        return Image, (self.data, self.name)
 
 
 @dataclass(frozen=True, slots=True)

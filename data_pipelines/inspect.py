@@ -6,6 +6,7 @@ stream.py -> the sequences of some steps -> Tally of all of them, View of the fi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -76,7 +77,8 @@ def main(config: InspectConfig) -> None:
     tallies, views = look(config)
     out = Path(config.out).expanduser()
     out.write_text(page(config, range(config.start, config.start + config.steps), tallies, views), encoding="utf-8")
-    print(f"{len(views)} sequences shown, {sum(t.sequences for t in tallies)} counted: {out.absolute()}")
+    counted = config.steps * config.train.global_batch
+    print(f"{len(views)} sequences shown, {counted} counted: {out.absolute()}")
     if config.png is not None:
         png = Path(config.png).expanduser()
         contact_sheet(views, config.packing.seq_len).save(png, "PNG")
@@ -86,19 +88,23 @@ def main(config: InspectConfig) -> None:
 def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
     """Counts of all sequences of the steps asked for, one tally a source, and views of the first ones."""
     stream, tokenizer = open_stream(config)
-    from data_pipelines.loader import PackedLoader, decode_sequence
+    from data_pipelines.images import decode_image
+    from data_pipelines.loader import PackedLoader, stacked
     from data_pipelines.views import Tally, view
 
-    sources = {name: source for name, source in config.data.sources.items() if source.ratio > 0}
-    tallies = {name: Tally(name, source.kind, source.ratio) for name, source in sources.items()}
+    tallies = [Tally(name, config.data.sources[name].kind, config.data.sources[name].ratio) for name in stream.names]
     views: list[View] = []
     loader = PackedLoader(stream, image_size=None, micro_batch=1, first=config.start)
     for item, _ in islice(loader.sequences(), config.steps * config.train.global_batch):
-        tallies[item.source].add(item, config.connector.num_tokens)
+        for number, tally in enumerate(tallies):
+            tally.add(item, number, config.connector.num_tokens)
+        for fault in item.faults:
+            print(f"left out: {fault}", file=sys.stderr)
         if len(views) < config.sequences:
-            pixels = decode_sequence(item, config.image_encoder.image_size)
+            size = config.image_encoder.image_size
+            pixels = stacked([decode_image(image.data, size, name=image.name) for image in item.sequence.images], size)
             views.append(view(item, pixels, tokenizer, config.connector.num_tokens))
-    return list(tallies.values()), views
+    return tallies, views
 
 
 # ----------------------------------------------------------------------------------------------------------- contact sheet

@@ -9,15 +9,20 @@ loader asks the workers in turn.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from configs.errors import UserError
 from data_pipelines.batch import KINDS, PackedBatch
+from data_pipelines.faults import Fault
 from data_pipelines.images import decode_image
 from data_pipelines.lanes import LaneSequence, LaneStream
 
@@ -31,7 +36,7 @@ class _LaneDataset(IterableDataset):
         lanes: list[int],
         image_size: int | None,
         step: int,
-        states: dict[int, dict[str, Any]],
+        states: Mapping[int, Mapping[str, Any]],
         first: int,
     ) -> None:
         self.stream, self.lanes, self.image_size, self.step, self.states = stream, lanes, image_size, step, states
@@ -40,32 +45,49 @@ class _LaneDataset(IterableDataset):
     def __iter__(self) -> Iterator[tuple[LaneSequence, torch.Tensor] | UserError]:
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
+        if worker is not None:
+            keep_freed_memory()
+        decode = None if self.image_size is None else partial(_decode, self.image_size)
+        before: list[Fault] = []
         try:
-            for item in self.stream.lanes(lanes, self.step, self.states):
-                if item.step >= self.first:
-                    yield item, _NOT_DECODED if self.image_size is None else decode_sequence(item, self.image_size)
+            for item in self.stream.lanes(lanes, self.step, self.states, decode):
+                if item.step < self.first:
+                    before += item.faults
+                    continue
+                item.faults[:0], before = before, []
+                pixels = stacked(item.pixels, self.image_size or 0)
+                item.pixels.clear()
+                yield item, pixels
         except UserError as error:  # handed over as a value: raised in a worker it would arrive wrapped in a traceback
             yield error
 
 
-_NOT_DECODED = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+def _decode(image_size: int, data: bytes, name: str) -> torch.Tensor:
+    return decode_image(data, image_size, name=name)
 
 
-def decode_sequence(item: LaneSequence, image_size: int) -> torch.Tensor:
-    """The images of a sequence, uint8 (n, 3, image_size, image_size). Raises UserError naming the slot's documents."""
-    images = item.sequence.images
-    where = "; ".join(str(origin) for origin in item.sequence.origins)
-    decoded = [decode_image(image.data, image_size, name=f"{image.name} of {where}") for image in images]
-    return torch.stack(decoded) if decoded else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+def stacked(pixels: list[torch.Tensor], image_size: int) -> torch.Tensor:
+    """uint8 (n, 3, image_size, image_size)"""
+    return torch.stack(pixels) if pixels else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
 
 
-def collate(items: list[tuple[LaneSequence, torch.Tensor]], image_tokens: int) -> PackedBatch:
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: by default it hands a picture's megabytes back to the kernel and asks for them again,
+    zeroed page by page, for the next one. Without glibc nothing happens."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-3, 1 << 28), (-1, 1 << 29), (-2, 1 << 26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            mallopt(parameter, value)
+
+
+def collate(items: list[tuple[LaneSequence, torch.Tensor]], stream: LaneStream) -> PackedBatch:
     """Rows in the order of `items`."""
 
     def rows(name: str) -> torch.Tensor:
-        return torch.stack([torch.from_numpy(getattr(item.sequence, name)) for item, _ in items])
+        return torch.from_numpy(np.stack([getattr(item.sequence, name) for item, _ in items]))
 
-    slots = [[row, start, image_tokens] for row, (item, _) in enumerate(items) for start in item.sequence.image_starts]
+    kinds = torch.tensor([*(KINDS.index(kind) for kind in stream.kinds), -1], dtype=torch.int8)  # source -1, padding, is the last
+    slots = [[row, start, stream.image_tokens] for row, (item, _) in enumerate(items) for start in item.sequence.image_starts]
     return PackedBatch(
         input_ids=rows("input_ids"),
         labels=rows("labels"),
@@ -73,9 +95,25 @@ def collate(items: list[tuple[LaneSequence, torch.Tensor]], image_tokens: int) -
         document_ids=rows("document_ids"),
         images=torch.cat([images for _, images in items]),
         image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 3),
-        kinds=torch.tensor([KINDS.index(item.kind) for item, _ in items]),
-        lane_states=[{"lane": item.slot, "state": item.state} for item, _ in items],
+        kinds=kinds[rows("sources").long()],
+        lane_states={item.slot: item.state for item, _ in items},
+        faults=[fault for item, _ in items for fault in item.faults],
     )
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turns torch's RuntimeError about a killed worker into a UserError. Its signal handler raises that anywhere in the main
+    process, so a training loop stands inside this as well."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"A data worker was killed ({str(error).strip()}), most often because memory ran out: lower engine.workers. The same "
+            "command goes on from the last checkpoint."
+        ) from error
 
 
 class PackedLoader:
@@ -91,21 +129,22 @@ class PackedLoader:
         rank: int = 0,
         workers: int = 0,
         step: int = 0,
-        states: dict[int, dict[str, Any]] | None = None,
+        states: Mapping[int, Mapping[str, Any]] | None = None,
         first: int = 0,
     ) -> None:
         """Raises UserError if world x micro_batch does not divide the global batch.
 
-        `workers` is lowered until it divides a rank's share. `first`: steps before it are packed, for what waits in open
-        sequences, and left out. With image_size None no image is decoded, and only `sequences` can be read.
+        `workers` is lowered until it divides a rank's share. With image_size None no image is decoded, and only `sequences` can
+        be read; then `first` may be given: steps before it are packed, for what waits in open sequences, and left out.
         """
+        assert image_size is None or first <= step
         share, left = divmod(stream.global_batch, world)
         if left or share % micro_batch:
             raise UserError(
                 f"train.global_batch={stream.global_batch} must be a multiple of {world} processes x "
                 f"engine.micro_batch={micro_batch}."
             )
-        self.image_tokens, self.micro_batch, self.per_step = stream.image_tokens, micro_batch, share
+        self.stream, self.micro_batch, self.per_step = stream, micro_batch, share
         lanes = list(range(rank, stream.global_batch, world))
         # Each worker must serve the same number of lanes, or the round-robin over workers would drift against the slots.
         while workers and share % workers:
@@ -123,10 +162,11 @@ class PackedLoader:
 
     def sequences(self) -> Iterator[tuple[LaneSequence, torch.Tensor]]:
         """The rank's sequences one by one, by step and slot, with their images; what the micro-batches are made of."""
-        for item in self._loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        with naming_dead_workers():
+            for item in self._loader:
+                if isinstance(item, UserError):
+                    raise item
+                yield item
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         items: list[tuple[LaneSequence, torch.Tensor]] = []
@@ -134,12 +174,13 @@ class PackedLoader:
             items.append(item)
             if len(items) == self.per_step:
                 starts = range(0, self.per_step, self.micro_batch)
-                yield [collate(items[i : i + self.micro_batch], self.image_tokens) for i in starts]
+                yield [collate(items[i : i + self.micro_batch], self.stream) for i in starts]
                 items = []
 
 
 def digest(item: LaneSequence) -> str:
-    """A short hash of a sequence's tokens, labels, documents and image bytes: equal digests, equal training input."""
+    """A short hash of a sequence's tokens, labels, documents and (where they were not decoded) image bytes: equal digests, equal
+    training input."""
     sequence = item.sequence
     hasher = hashlib.blake2b(digest_size=8)
     for array in (sequence.input_ids, sequence.labels, sequence.position_ids, sequence.document_ids):

@@ -7,6 +7,10 @@ after every resume, and independent of how often anything else was drawn.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MASK = (1 << 64) - 1
 
@@ -56,16 +60,83 @@ class Permutation:
             if index < self.n:
                 return index
 
+    def many(self, indices: np.ndarray) -> np.ndarray:
+        """What `permutation[i]` gives for each i of an int64 array, a hundred times as fast."""
+        import numpy as np
 
-class EpochOrder:
-    """An endless order over n samples: position p is in epoch p // n, and each epoch is its own permutation."""
+        values = np.asarray(indices).astype(np.uint64)
+        half, low = np.uint64(self._half), np.uint64(self._low)
+        keys = np.array(self._keys, np.uint64)
+        outside = np.arange(len(values))
+        while len(outside):
+            left, right = values[outside] >> half, values[outside] & low
+            for key in keys:
+                left, right = right, left ^ (_mix_many(key ^ right) & low)
+            values[outside] = walked = left << half | right
+            outside = outside[walked >= np.uint64(self.n)]
+        return values.astype(np.int64)
 
-    def __init__(self, n: int, *key: object) -> None:
-        self.n, self._key = n, key
-        self._epoch, self._permutation = 0, Permutation(n, keyed(*key, 0))
 
-    def __getitem__(self, position: int) -> int:
-        epoch, index = divmod(position, self.n)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, Permutation(self.n, keyed(*self._key, epoch))
-        return self._permutation[index]
+def _mix_many(value: np.ndarray) -> np.ndarray:
+    """_mix on a uint64 array, whose arithmetic wraps by itself."""
+    import numpy as np
+
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+class LaneOrder:
+    """The endless order in which the lanes of a run read a split of n samples: `order[lane, place]`.
+
+    The split is cut into blocks of `block` neighbouring samples. Each epoch is a keyed permutation of the blocks, dealt to the
+    lanes in turn; a lane reads MIXED blocks at a time, their samples in a keyed order. With block = 1 every epoch is a plain
+    permutation of all samples. Larger blocks are for shards behind a network or on a spinning disk, where a sample alone costs
+    as much as its neighbours together. In each epoch every sample has exactly one place.
+    """
+
+    MIXED = 4
+    AHEAD = 128
+    """Places worked out at once."""
+
+    def __init__(self, n: int, lanes: int, *key: object, block: int = 1) -> None:
+        self.n, self.lanes, self.block, self._key = n, lanes, block, key
+        self.blocks = -(-n // block)
+        self._epochs: dict[int, Permutation] = {}
+        self._ahead: dict[int, tuple[int, list[int]]] = {}
+
+    def __getitem__(self, at: tuple[int, int]) -> int | None:
+        """The sample at a lane's place 0, 1, 2, ...; None where the last block of an epoch has no sample left."""
+        lane, place = at
+        start, found = self._ahead.get(lane, (0, []))
+        if not start <= place < start + len(found):
+            start, found = self._ahead[lane] = place, self._samples(lane, place)
+        sample = found[place - start]
+        return sample if sample < self.n else None
+
+    def _samples(self, lane: int, place: int) -> list[int]:
+        import numpy as np
+
+        places = np.arange(place, place + self.AHEAD, dtype=np.int64)
+        inside = np.zeros_like(places)
+        if self.block > 1:
+            group = self.MIXED * self.block
+            for number in range(int(places[0] // group), int(places[-1] // group) + 1):
+                chosen = places // group == number
+                mixed = Permutation(group, keyed(*self._key, "inside", lane, number)).many(places[chosen] % group)
+                places[chosen], inside[chosen] = number * self.MIXED + mixed // self.block, mixed % self.block
+        dealt = places * self.lanes + lane
+        blocks = np.empty_like(dealt)
+        for epoch in range(int(dealt.min() // self.blocks), int(dealt.max() // self.blocks) + 1):
+            chosen = dealt // self.blocks == epoch
+            blocks[chosen] = self._epoch(epoch).many(dealt[chosen] % self.blocks)
+        samples: list[int] = (blocks * self.block + inside).tolist()
+        return samples
+
+    def _epoch(self, epoch: int) -> Permutation:
+        if epoch not in self._epochs:
+            if len(self._epochs) >= 8:  # lanes stand within an epoch or two of each other
+                self._epochs.clear()
+            self._epochs[epoch] = Permutation(self.blocks, keyed(*self._key, epoch))
+        return self._epochs[epoch]

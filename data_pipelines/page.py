@@ -50,7 +50,7 @@ def page(config: StreamSettings, steps: range, tallies: Sequence[Tally], views: 
 <main>
 <h1>Packed sequences</h1>
 <p class="facts">{" &middot; ".join(facts)}</p>
-{summary(tallies, config.packing.max_images)}
+{summary(tallies, config.data.unit, config.packing.max_images)}
 <h2>{len(views)} sequences, as the model sees them</h2>
 <p class="legend"><span class="key scored">black text is predicted</span>
 <span class="key unscored">grey text is read, but carries no loss</span>
@@ -69,50 +69,55 @@ def page(config: StreamSettings, steps: range, tallies: Sequence[Tally], views: 
 # ----------------------------------------------------------------------------------------------------------------- summary
 
 
-def summary(tallies: Sequence[Tally], max_images: int) -> str:
-    sequences = sum(t.sequences for t in tallies)
+def summary(tallies: Sequence[Tally], unit: str, max_images: int) -> str:
+    sequences = round(sum(t.sequences for t in tallies))
     tokens, padding = sum(t.tokens for t in tallies), sum(t.padding for t in tallies)
     image_tokens, loss = sum(t.image_tokens for t in tallies), sum(t.loss_tokens for t in tallies)
     images = sum(t.images for t in tallies)
     cards = [
         (f"{sequences:,}", "sequences counted"),
-        (f"{tokens:,}", "tokens, padding included"),
+        (f"{round(tokens):,}", "tokens, padding included"),
         (f"{images:,}", f"images, {images / sequences:.1f} a sequence"),
         (share(image_tokens, tokens), "image tokens"),
         (share(padding, tokens), "padding"),
         (share(loss, tokens), "of tokens carry a loss"),
     ]
-    rows = "".join(row(tally, sequences, max_images) for tally in tallies)
+    units = sum(t.units(unit) for t in tallies)
+    rows = "".join(row(tally, tally.units(unit) / units if units else 0.0, max_images) for tally in tallies)
     return f"""<div class="cards">{"".join(f"<div><b>{value}</b><span>{what}</span></div>" for value, what in cards)}</div>
 <table>
 <thead><tr><th>source</th><th class="n">sequences</th><th class="n">target</th><th class="n">realised</th>
-<th>realised, and the target as a line</th><th class="n">documents a sequence</th><th class="n">images a sequence</th>
+<th>realised share of {unit}s, and the target as a line</th>
+<th class="n">documents a sequence</th><th class="n">images a sequence</th>
 <th class="n">text</th><th class="n">image tokens</th><th class="n">padding</th><th class="n">with loss</th></tr></thead>
 <tbody>{rows}</tbody>
 </table>"""
 
 
-def row(tally: Tally, sequences: int, max_images: int) -> str:
-    realised = tally.sequences / sequences
+def row(tally: Tally, realised: float, max_images: int) -> str:
     each = max(tally.sequences, 1)
     kind = "" if tally.kind == tally.source else f'<span class="dim">{safe(tally.kind)}</span>'
-    text = tally.tokens - tally.image_tokens - tally.padding
-    numbers = [
+    words = tally.tokens - tally.image_tokens - tally.padding
+    cells = [
         f"{tally.documents / each:.1f}",
         f'{tally.images / each:.1f} <span class="dim">most {tally.most_images} of {max_images}</span>',
-        share(text, tally.tokens),
+        share(words, tally.tokens),
         share(tally.image_tokens, tally.tokens),
         share(tally.padding, tally.tokens),
         share(tally.loss_tokens, tally.tokens),
     ]
-    return f"""<tr><td>{safe(tally.source)}{kind}</td><td class="n">{tally.sequences:,}</td>
+    return f"""<tr><td>{safe(tally.source)}{kind}</td><td class="n">{number(tally.sequences)}</td>
 <td class="n">{tally.target:.1%}</td><td class="n">{realised:.1%}</td>
 <td><div class="ratio"><i style="width:{100 * realised:.2f}%"></i><u style="left:{100 * tally.target:.2f}%"></u></div></td>
-{"".join(f'<td class="n">{number}</td>' for number in numbers)}</tr>
+{"".join(f'<td class="n">{text}</td>' for text in cells)}</tr>
 """
 
 
-def share(part: int, whole: int) -> str:
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
+
+
+def share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "&ndash;"
 
 

@@ -1,32 +1,33 @@
-"""Shards: webdataset tars with a manifest beside them; writing, indexing, reading at random.
+"""Shards and the manifest beside them: what a corpus is, and how one is written.
 
 A corpus is a folder:
 
     manifest.json                     what is in it: sources, splits, shards with counts and SHA-256, packages it was made from
     captions-train-000000.tar ...     samples; the members of one sample share the part of their name before the first dot
+    index/captions-train.idx ...      where every member of every sample lies (index.py)
     tokenizer/                        a transformers tokeniser, where the corpus brings one
 
-The reader does not stream. It scans a shard's headers once and afterwards reads any sample with one pread, so that the order of
-samples can be any permutation (see order.py) and a sample's image can never meet another sample's caption: members belong
-together only if they stand side by side in one shard under one key.
+Shards may also lie elsewhere, on this machine or behind a URL; the manifest and the indexes are always here.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from data_pipelines.index import IndexBuilder
+from data_pipelines.storage import is_remote, open_file
+from data_pipelines.tar import Damage, samples
 
 MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
-BLOCK = 512
+MANIFEST_VERSION = 2
+HASHED_AT_ONCE = 1 << 23
 
 
 # ------------------------------------------------------------------------------------------------------------- manifest
@@ -48,6 +49,8 @@ class Split:
     shards: list[Shard] = field(default_factory=list)
     images: int = 0
     characters: int = 0
+    faults: int = 0
+    """Samples and regions that were left out when the corpus was prepared (corpus.max_faults), listed in its faults.jsonl."""
 
     @property
     def samples(self) -> int:
@@ -110,8 +113,16 @@ class Manifest:
         ]
         return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write the manifest last and in one move: a folder with a manifest is a finished corpus."""
+    def save(self, folder: Path, indexes: Mapping[tuple[str, str], IndexBuilder] | None = None) -> None:
+        """Write the indexes, and last and in one move the manifest: a folder with a manifest is a finished corpus.
+
+        `indexes`: (source, split) -> the index of shards that were indexed while they were checked; all others are scanned here.
+        Raises UserError naming a shard that is not whole.
+        """
+        for source, splits in self.splits.items():
+            for split, content in splits.items():
+                built = (indexes or {}).get((source, split)) or build_index(folder, content)
+                built.save(index_path(folder, source, split))
         vocabulary = folder / (self.tokenizer or "") / "tokenizer.json"
         self.tokenizer_sha256 = sha256_of(vocabulary) if self.tokenizer and vocabulary.is_file() else None
         text = json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1, ensure_ascii=False)
@@ -130,7 +141,9 @@ class Manifest:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw.get("version") != MANIFEST_VERSION:
                 found = raw.get("version")
-                raise UserError(f"{path}: version is {found!r}, this suite reads {MANIFEST_VERSION}. Prepare the corpus again.")
+                raise UserError(
+                    f"{path}: version is {found!r}, this suite reads {MANIFEST_VERSION}. Prepare the corpus again: force=true"
+                )
             raw.pop("fingerprint", None)
             splits = {
                 source: {
@@ -203,9 +216,42 @@ class SplitWriter:
         return self.split
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def index_path(folder: Path, source: str, split: str) -> Path:
+    return folder / "index" / f"{source}-{split}.idx"
+
+
+def shard_place(folder: Path, file: str) -> str:
+    """The path or URL of a shard, as its manifest names it: relative to the corpus, absolute, or remote."""
+    return file if is_remote(file) else str(folder / file)
+
+
+def build_index(folder: Path, content: Split) -> IndexBuilder:
+    """The index of shards that must be whole. Raises UserError naming the shard and the byte of the first damage."""
+    index = IndexBuilder()
+    for shard in content.shards:
+        file = open_file(shard_place(folder, shard.file))
+        found = []
+        for item in samples(file):
+            if isinstance(item, Damage):
+                where = f"{file.name}: bytes {item.start:,}-{item.end:,}"
+                raise UserError(f"{where}: {item.reason}. Prepare the corpus again (force=true).")
+            found.append(item)
+        file.close()
+        if index.add_shard(found) != shard.samples:
+            raise UserError(f"{file.name}: {len(found)} samples, its manifest says {shard.samples}. Prepare the corpus again.")
+    return index
+
+
+def sha256_of(place: str | Path) -> str:
+    """Of a file by path or URL."""
+    if not is_remote(place):
+        with open(place, "rb") as local:
+            return hashlib.file_digest(local, "sha256").hexdigest()
+    file, hasher = open_file(place), hashlib.sha256()
+    for at in range(0, file.size, HASHED_AT_ONCE):
+        hasher.update(file.read(at, min(HASHED_AT_ONCE, file.size - at)))
+    file.close()
+    return hasher.hexdigest()
 
 
 def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
@@ -217,151 +263,3 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
             f"{purpose} needs {needed_bytes / 1e9:.2f} GB under {folder}, but only {free / 1e9:.2f} GB are free. "
             "Free some space, or set MM1_HOME to a folder on a larger disk."
         )
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True, slots=True)
-class SampleIndex:
-    """Where one sample's members lie in its shard: extension -> (offset, size), in bytes."""
-
-    key: str
-    members: Mapping[str, tuple[int, int]]
-
-
-def tar_number(field_bytes: bytes) -> int:
-    if field_bytes[0] & 0x80:  # base-256, for members of 8 GiB and more
-        return int.from_bytes(field_bytes, "big") & ((1 << (8 * len(field_bytes) - 1)) - 1)
-    return int(field_bytes.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def pax_records(body: bytes) -> dict[str, str]:
-    records, rest = {}, body
-    while rest[:1].isdigit():
-        length, _, _ = rest.partition(b" ")
-        record, rest = rest[len(length) + 1 : int(length) - 1], rest[int(length) :]
-        name, _, value = record.partition(b"=")
-        records[name.decode()] = value.decode("utf-8", "replace")
-    return records
-
-
-def scan_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) for every regular member of a tar, reading headers only.
-
-    Raises UserError with the byte position when a header is damaged or a member reaches past the end of the file.
-    """
-    total = path.stat().st_size
-    with open(path, "rb") as file:
-        position, long_name = 0, None
-        pax: dict[str, str] = {}
-        while position + BLOCK <= total:
-            file.seek(position)
-            header = file.read(BLOCK)
-            if header == bytes(BLOCK):
-                return
-            try:
-                size, checksum = tar_number(header[124:136]), tar_number(header[148:156])
-            except ValueError:
-                checksum, size = -1, 0
-            if sum(header) - sum(header[148:156]) + 8 * 32 != checksum:
-                raise UserError(
-                    f"{path}: the tar header at byte {position} is damaged. Restore the shard or prepare the corpus again."
-                )
-            if "size" in pax:
-                size = int(pax["size"])
-            body = position + BLOCK
-            if body + size > total:
-                raise UserError(f"{path}: truncated; a member at byte {position} wants {size} bytes, {total - body} are there.")
-            kind = header[156:157]
-            if kind == b"L":
-                long_name = file.read(size).rstrip(b"\0").decode("utf-8", "replace")
-            elif kind == b"x":
-                pax = pax_records(file.read(size))
-            else:
-                if kind in (b"0", b"\0"):
-                    name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
-                    prefix = header[345:500].split(b"\0", 1)[0].decode("utf-8", "replace") if header[257:262] == b"ustar" else ""
-                    yield pax.get("path") or long_name or (f"{prefix}/{name}" if prefix else name), body, size
-                long_name, pax = None, {}
-            position = body + (size + BLOCK - 1) // BLOCK * BLOCK
-        raise UserError(f"{path}: truncated at byte {total}; the two closing blocks of the tar are missing.")
-
-
-def index_shard(path: Path) -> list[SampleIndex]:
-    """Group a shard's members into samples: neighbours whose names agree up to the first dot of the last path component."""
-    samples: list[SampleIndex] = []
-    current_key: str | None = None
-    members: dict[str, tuple[int, int]] = {}
-    for name, offset, size in scan_members(path):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if key != current_key or extension in members:
-            if current_key is not None:
-                samples.append(SampleIndex(current_key, members))
-            current_key, members = key, {}
-        members[extension] = (offset, size)
-    if current_key is not None:
-        samples.append(SampleIndex(current_key, members))
-    return samples
-
-
-class ShardReader:
-    """Random access to the samples of one split: `reader[i]` for 0 <= i < len(reader), in the order they were written.
-
-    Indexes are built when a shard is first touched. File handles are opened per process, so the reader can be handed to
-    DataLoader workers before or after first use.
-    """
-
-    def __init__(self, folder: Path, split: Split) -> None:
-        self.folder, self.split = folder, split
-        self._starts = [0]
-        for shard in split.shards:
-            self._starts.append(self._starts[-1] + shard.samples)
-        self._indexes: dict[int, list[SampleIndex]] = {}
-        self._files: dict[int, int] = {}
-        self._pid = os.getpid()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def locate(self, position: int) -> tuple[int, SampleIndex]:
-        """(shard number, index entry) of sample `position`."""
-        import bisect
-
-        if not 0 <= position < len(self):
-            raise IndexError(position)
-        number = bisect.bisect_right(self._starts, position) - 1
-        if number not in self._indexes:
-            shard = self.split.shards[number]
-            path = self.folder / shard.file
-            if not path.is_file():
-                raise UserError(f"{path} is named in {MANIFEST} but missing. Prepare the corpus again.")
-            samples = index_shard(path)
-            if len(samples) != shard.samples:
-                raise UserError(
-                    f"{path} holds {len(samples)} samples, its manifest says {shard.samples}. Prepare the corpus again."
-                )
-            self._indexes[number] = samples
-        return number, self._indexes[number][position - self._starts[number]]
-
-    def __getitem__(self, position: int) -> tuple[str, str, dict[str, bytes]]:
-        """(shard file name, key, members) of sample `position`."""
-        number, entry = self.locate(position)
-        if self._pid != os.getpid():  # after a fork: never share file descriptors
-            self._files, self._pid = {}, os.getpid()
-        if number not in self._files:
-            self._files[number] = os.open(self.folder / self.split.shards[number].file, os.O_RDONLY)
-        handle = self._files[number]
-        members = {extension: os.pread(handle, size, offset) for extension, (offset, size) in entry.members.items()}
-        return self.split.shards[number].file, entry.key, members
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": {}}
-
-
-def read_all(folder: Path, split: Split) -> Iterable[tuple[str, str, dict[str, bytes]]]:
-    """Every sample of a split, in order."""
-    reader = ShardReader(folder, split)
-    return (reader[i] for i in range(len(reader)))

@@ -95,7 +95,8 @@ def main(config: StreamConfig) -> None:
     python -m data_pipelines.stream start=100 steps=20                           the lines of steps 100 to 119
 
     Keys: world_size, rank, workers, start, steps; and those of mm1.train that decide the data: data.*, packing.*, seed,
-    train.global_batch, connector.num_tokens, decoder.tokenizer. Nothing is trained and no image decoded.
+    train.global_batch, connector.num_tokens, decoder.tokenizer. Nothing is trained and no image decoded; samples that cannot be
+    read are named on standard error.
     """
     try:
         for line in lines(config):
@@ -122,6 +123,8 @@ def lines(config: StreamConfig) -> Iterator[str]:
     if loader.workers != config.workers:
         print(f"workers={config.workers} do not divide {loader.per_step} sequences: {loader.workers} used", file=sys.stderr)
     for item, _ in islice(loader.sequences(), config.steps * loader.per_step):
+        for fault in item.faults:
+            print(f"left out: {fault}", file=sys.stderr)
         yield f"{item.step} {item.slot} {digest(item)}"
 
 

@@ -1,7 +1,7 @@
 """Verify shards: read every sample, list every fault, count what is good around it.
 
     shards -> samples, and the damaged regions between them -> documents -> counts and faults -> table or JSON
-              salvage.py                                       check
+              tar.py                                           check
 
     python -m data_pipelines.verify starter                          a corpus: the manifest's counts, bytes and SHA-256 as well
     python -m data_pipelines.verify '/data/cc12m-{000..127}.tar'     shards, also before they are a corpus
@@ -12,7 +12,6 @@ Training and preparing stop at the first fault; this command goes on, and joins 
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import sys
@@ -20,18 +19,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 from configs.errors import UserError
 from data_pipelines import paths
 from data_pipelines.corpora.detection import checked
 from data_pipelines.document import Document, Origin
+from data_pipelines.faults import Fault
 from data_pipelines.formats import READERS
 from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
 from data_pipelines.formats.pictures import PictureError, header
 from data_pipelines.images import decode_image
-from data_pipelines.salvage import Damage, Sample, read_at, samples, split_name
-from data_pipelines.shards import MANIFEST, Manifest, Shard, sha256_of
+from data_pipelines.shards import MANIFEST, Manifest, Shard, sha256_of, shard_place
+from data_pipelines.storage import ShardFile, is_remote, matches, open_file
+from data_pipelines.tar import Damage, Sample, printable, read_members, samples
 
 TASK = "task"
 """Format of a corpus's few-shot tasks: KEY.json and pictures. Read by eval/, so only JSON and pictures are checked here."""
@@ -40,17 +40,6 @@ TRIED = 64
 
 
 # --------------------------------------------------------------------------------------------------------------- checking
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with bytes [start, end) of a shard; `key` where a sample can be named."""
-
-    shard: str
-    key: str | None
-    start: int
-    end: int
-    reason: str
 
 
 @dataclass
@@ -69,63 +58,63 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
 
 
-def verify_shard(path: Path, format: str | None = None, *, images: bool = False) -> Report:
-    """Read all of one shard. `format` None: the layout that reads most of its first samples; `images`: decode every picture."""
+def verify_shard(path: str | Path, format: str | None = None, *, images: bool = False) -> Report:
+    """Read all of one shard, by path or URL. `format` None: the layout that reads most of its first samples; `images`: decode
+    every picture."""
     report = Report(str(path), format)
 
-    def fault(key: str | None, start: int, end: int, reason: str) -> None:
-        report.faults.append(Fault(str(path), key, start, end, reason))
+    def fault(start: int, end: int, reason: str, key: str | None = None) -> None:
+        report.faults.append(Fault("", str(path), key, start, end, reason))
 
     try:
-        total = report.bytes = path.stat().st_size
-        with open(path, "rb") as file:
-            if not total:
-                fault(None, 0, 0, "the file is empty")
-                return report
-            if read_at(file, 0, 2) == b"\x1f\x8b":
-                fault(None, 0, total, "compressed: samples cannot be read at random. Unpack it with gunzip")
-                return report
+        file = open_file(path)
+        report.bytes = file.size
+        if not file.size:
+            fault(0, 0, "the file is empty")
+            return report
+        if file.read(0, 2) == b"\x1f\x8b":
+            fault(0, file.size, "compressed: samples cannot be read at random. Unpack it with gunzip")
+            return report
+        if format is None:
+            format = report.format = guess_format(file)
+        for item in samples(file):
+            if isinstance(item, Damage):
+                fault(item.start, item.end, item.reason, item.key)
+                continue
+            report.samples += 1
             if format is None:
-                format = report.format = guess_format(file, total, path)
-            for item in samples(file, total):
-                if isinstance(item, Damage):
-                    fault(split_name(item.member)[0] if item.member else None, item.start, item.end, item.reason)
-                    continue
-                report.samples += 1
-                if item.cut:
-                    continue  # the truncation is the fault, and it carries this sample's key
-                if format is None:
-                    continue
-                document, faults = check(file, item, format, Origin("", str(path), item.key), images)
-                report.faults += faults
-                if document is not None:
-                    report.documents += 1
-                    report.images += len(document.images) if format != TASK else len(pictures(item.members))
-                    report.characters += len(document.text)
-            if format is None and report.samples:
-                fault(None, 0, total, f"its samples are of no known layout ({', '.join(READERS)})")
-            elif not report.samples and not report.faults:
-                fault(None, 0, total, "holds no samples")
-    except OSError as error:
-        fault(None, 0, 0, f"cannot be read: {error.strerror or error}")
+                continue
+            document, faults = check(file, item, format, Origin("", str(path), item.key), images)
+            report.faults += faults
+            if document is not None:
+                report.documents += 1
+                report.images += len(document.images) if format != TASK else len(pictures(item.members))
+                report.characters += len(document.text)
+        if format is None and report.samples:
+            fault(0, file.size, f"its samples are of no known layout ({', '.join(READERS)})")
+        elif not report.samples and not report.faults:
+            fault(0, file.size, "holds no samples")
+        file.close()
+    except UserError as error:  # missing, not permitted, or not to be had just now
+        fault(0, 0, f"cannot be read: {error}")
     return report
 
 
-def check(file: BinaryIO, sample: Sample, format: str, origin: Origin, images: bool) -> tuple[Document | None, list[Fault]]:
+def check(file: ShardFile, sample: Sample, format: str, origin: Origin, images: bool) -> tuple[Document | None, list[Fault]]:
     """The sample as a document, or None and all that is wrong with it: each picture on its own, then the layout."""
-    members = {extension: read_at(file, offset, size) for extension, (offset, size) in sample.members.items()}
+    members = read_members(file, sample)
     faults: list[Fault] = []
     for name in pictures(members):
         if reason := picture_fault(members[name], images):
-            start, size = sample.members[name]
-            faults.append(Fault(origin.shard, origin.key, start, start + size, f"{name} {reason}"))
+            start = sample.members[name].offset
+            faults.append(Fault("", origin.shard, origin.key, start, start + len(members[name]), f"{name} {reason}"))
     document, reason = read_sample(format, members, origin)
     if reason and not (faults and reason.startswith(tuple(f"{name} " for name in pictures(members)))):
-        faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, reason))
+        faults.append(Fault("", origin.shard, origin.key, sample.start, sample.end, reason))
     if document is not None and images:
         for image in document.images:  # those that lie inside another member, a JSON's base64 or a TIFF's frames
             if image.name not in members and (reason := picture_fault(image.data, True)):
-                faults.append(Fault(origin.shard, origin.key, sample.start, sample.end, f"{image.name} {reason}"))
+                faults.append(Fault("", origin.shard, origin.key, sample.start, sample.end, f"{image.name} {reason}"))
     return (None if faults else document), faults
 
 
@@ -164,16 +153,16 @@ def picture_fault(data: bytes, decode: bool) -> str:
     return ""
 
 
-def guess_format(file: BinaryIO, total: int, path: Path) -> str | None:
+def guess_format(file: ShardFile) -> str | None:
     """The layout that reads most of the shard's first samples, None if none reads any."""
     read = dict.fromkeys(READERS, 0)
     tried = 0
-    for item in samples(file, total):
-        if isinstance(item, Damage) or item.cut:
+    for item in samples(file):
+        if isinstance(item, Damage):
             continue
-        members = {extension: read_at(file, offset, size) for extension, (offset, size) in item.members.items()}
+        members = read_members(file, item)
         for format in READERS:
-            read[format] += read_sample(format, members, Origin("", str(path), item.key))[0] is not None
+            read[format] += read_sample(format, members, Origin("", file.name, item.key))[0] is not None
         tried += 1
         if tried == TRIED:
             break
@@ -188,7 +177,7 @@ def guess_format(file: BinaryIO, total: int, path: Path) -> str | None:
 class Job:
     """A shard to verify, with what its manifest says of it."""
 
-    path: Path
+    path: str
     format: str | None = None
     source: str | None = None
     split: str | None = None
@@ -203,13 +192,13 @@ class Job:
             for key, value in found.items():
                 if value != (said := getattr(self.expected, key)):
                     reason = f"{key}: found {value}, {MANIFEST} says {said}"
-                    report.faults.append(Fault(str(self.path), None, 0, report.bytes, reason))
+                    report.faults.append(Fault("", self.path, None, 0, report.bytes, reason))
         return report
 
 
 def plan(arguments: Sequence[str], format: str | None, images: bool) -> list[Job]:
     """What to verify, from paths, patterns and corpora. Raises UserError naming the argument that leads to nothing."""
-    jobs: dict[Path, Job] = {}
+    jobs: dict[str, Job] = {}
     for argument in arguments:
         corpus = paths.corpus(argument)
         if not (corpus / MANIFEST).is_file() and Path(argument).expanduser().is_dir():
@@ -220,7 +209,7 @@ def plan(arguments: Sequence[str], format: str | None, images: bool) -> list[Job
             for source, splits in Manifest.load(corpus).splits.items():
                 for split, content in splits.items():
                     for shard in content.shards:
-                        path = corpus / shard.file
+                        path = shard_place(corpus, shard.file)
                         jobs[path] = Job(path, content.format, source, split, shard, images)
             continue
         for path in expand(argument):
@@ -228,19 +217,17 @@ def plan(arguments: Sequence[str], format: str | None, images: bool) -> list[Job
     return list(jobs.values())
 
 
-def expand(pattern: str) -> list[Path]:
-    """Paths of all shards a pattern names: braces in their order, what * matches in sorted order."""
+def expand(pattern: str) -> list[str]:
+    """Paths or URLs of all shards a pattern names: braces in their order, what * matches in sorted order."""
     from braceexpand import braceexpand
 
     try:
         pieces = list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{pattern}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
-    found: list[Path] = []
+    found: list[str] = []
     for piece in pieces:
-        path = Path(os.path.abspath(Path(piece).expanduser()))
-        matches = [path] if path.is_file() else [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        if not (files := [match for match in matches if match.is_file()]):
+        if not (files := matches(piece)):
             part = f" ({piece})" if piece != pattern else ""
             raise UserError(f"{pattern}{part}: no such shard, and no corpus of that name. Correct it, or bring the shards there.")
         found += files
@@ -260,18 +247,18 @@ def corpus_faults(arguments: Sequence[str], reports: Sequence[Report]) -> list[F
         files = {report.shard: report for report in reports}
         for source, splits in manifest.splits.items():
             for split, content in splits.items():
-                held = [files[str(corpus / shard.file)] for shard in content.shards]
+                held = [files[shard_place(corpus, shard.file)] for shard in content.shards]
                 if any(report.faults for report in held):
                     continue
                 for key in ("images", "characters") if content.format != TASK else ("images",):
                     found, said = sum(getattr(report, key) for report in held), getattr(content, key)
                     if found != said:
                         reason = f"{source}/{split} {key}: found {found}, {MANIFEST} says {said}"
-                        faults.append(Fault(where, None, 0, 0, reason))
+                        faults.append(Fault("", where, None, 0, 0, reason))
         if manifest.tokenizer and manifest.tokenizer_sha256:
             vocabulary = corpus / manifest.tokenizer / "tokenizer.json"
             if not vocabulary.is_file() or sha256_of(vocabulary) != manifest.tokenizer_sha256:
-                faults.append(Fault(str(vocabulary), None, 0, 0, f"missing, or not the file whose SHA-256 {MANIFEST} has"))
+                faults.append(Fault("", str(vocabulary), None, 0, 0, f"missing, or not the file whose SHA-256 {MANIFEST} has"))
     return faults
 
 
@@ -283,11 +270,11 @@ COUNTS = ("samples", "documents", "images", "characters", "bytes")
 
 def table(reports: Sequence[Report], faults: Sequence[Fault]) -> str:
     """Counts a shard, then every fault on a line of its own."""
-    common = os.path.commonpath([os.path.dirname(report.shard) for report in reports])
+    common = common_folder([report.shard for report in reports])
     rows: list[tuple[str, ...]] = [("shard", "layout", *COUNTS, "faults")]
     for report in reports:
         counts = [f"{getattr(report, key):,}" for key in COUNTS]
-        rows.append((os.path.relpath(report.shard, common), report.format or "?", *counts, f"{len(report.faults):,}"))
+        rows.append((below(report.shard, common), report.format or "?", *counts, f"{len(report.faults):,}"))
     if len(reports) > 1:
         sums = [f"{sum(getattr(report, key) for report in reports):,}" for key in COUNTS]
         rows.append((f"{len(reports)} shards", "", *sums, f"{sum(len(report.faults) for report in reports):,}"))
@@ -302,7 +289,7 @@ def table(reports: Sequence[Report], faults: Sequence[Fault]) -> str:
         lines[-1:-1] = [rule]
     lines = [f"in {common}", "", *lines, ""]
     for fault in faults:
-        name = os.path.relpath(fault.shard, common)
+        name = below(fault.shard, common)
         sample = f" sample {fault.key}" if fault.key else ""
         span = f" bytes {fault.start:,}-{fault.end:,}" if fault.end > fault.start else ""
         lines.append(f"{name}:{sample}{span}: {printable(fault.reason)}")
@@ -310,9 +297,14 @@ def table(reports: Sequence[Report], faults: Sequence[Fault]) -> str:
     return "\n".join(lines)
 
 
-def printable(text: str) -> str:
-    """Without the control characters a damaged shard may bring to the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+def common_folder(names: Sequence[str]) -> str:
+    """The folder that holds them all; that of the first where some lie elsewhere, behind a URL say."""
+    folders = [os.path.dirname(name) for name in names]
+    return os.path.commonpath(folders) if not any(map(is_remote, names)) else folders[0]
+
+
+def below(name: str, folder: str) -> str:
+    return name.removeprefix(folder + "/") if is_remote(name) or is_remote(folder) else os.path.relpath(name, folder)
 
 
 def as_json(reports: Sequence[Report], faults: Sequence[Fault]) -> str:
@@ -340,7 +332,7 @@ def arguments_of(given: Sequence[str] | None) -> argparse.Namespace:
         "shards",
         nargs="+",
         metavar="SHARDS",
-        help="tars by path or pattern (*, **, {000..127}, ~; quoted), or a corpus by name or folder, which is also compared "
+        help="tars by path, URL or pattern (*, **, {000..127}, ~; quoted), or a corpus by name or folder, which is also compared "
         "with its manifest: samples, images, characters, bytes, SHA-256",
     )
     parser.add_argument("--images", action="store_true", help="decode every picture as training does, not only its header")

@@ -141,27 +141,39 @@ def runs(ids: list[int], unscored: list[bool], tokenizer: Any) -> list[Text]:
 
 @dataclass
 class Tally:
-    """What the sequences of one source hold together."""
+    """What the sequences of one source hold together. Of a sequence that several sources share (data.unit=document or token),
+    each has as much of the sequence and of its padding as it has of its tokens."""
 
     source: str
     kind: str
     target: float
-    sequences: int = 0
+    sequences: float = 0
     documents: int = 0
     images: int = 0
     most_images: int = 0
-    tokens: int = 0
+    tokens: float = 0
+    """Padding included."""
     image_tokens: int = 0
-    padding: int = 0
+    padding: float = 0
     loss_tokens: int = 0
 
-    def add(self, item: LaneSequence, image_tokens: int) -> None:
+    def add(self, item: LaneSequence, number: int, image_tokens: int) -> None:
+        """`number`: of this source in the stream."""
         s = item.sequence
-        self.sequences += 1
-        self.documents += len(s.origins)
-        self.images += len(s.images)
-        self.most_images = max(self.most_images, len(s.images))
-        self.tokens += len(s.input_ids)
-        self.image_tokens += image_tokens * len(s.images)
-        self.padding += int((s.document_ids == 0).sum())
-        self.loss_tokens += int((s.labels != IGNORE).sum())
+        own, used = int((s.sources == number).sum()), int((s.sources >= 0).sum())
+        if not own and item.source != self.source:
+            return
+        weight = own / used if used else 1.0
+        images = sum(s.sources[start] == number for start in s.image_starts)
+        self.sequences += weight
+        self.documents += sum(origin.source == self.source for origin in s.origins)
+        self.images += images
+        self.most_images = max(self.most_images, images)
+        self.image_tokens += image_tokens * images
+        self.padding += weight * (len(s.input_ids) - used)
+        self.tokens += own + weight * (len(s.input_ids) - used)
+        self.loss_tokens += int(((s.labels != IGNORE) & (s.sources == number)).sum())
+
+    def units(self, unit: str) -> float:
+        """How much of it there is, in the unit of the ratios."""
+        return {"sequence": self.sequences, "document": self.documents, "token": self.tokens - self.padding}[unit]

@@ -166,12 +166,16 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """All that changes the weights, as plain values: what the run's hash is made of.
 
-        Left out: names, where and how fast it runs, and how often it logs, saves and validates.
+        Left out: names, where and how fast it runs, how data are fetched and how much of them may be lost, and how often it logs,
+        saves and validates.
         """
         settings = asdict(self)
         for key in ("name", "ablation", "scale", "connector_width", "high_resolution"):
             settings.pop(key)
         settings["engine"] = {"precision": self.engine.precision}
+        settings["data"].pop("access")
+        for source in settings["data"]["sources"].values():
+            source.pop("max_faults")
         for key in ("log_every", "checkpoint_every", "keep_checkpoints", "validation_sequences"):
             settings["train"].pop(key)
         return settings

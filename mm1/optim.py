@@ -1,9 +1,9 @@
 """The optimiser's laws: peak learning rate, weight decay, schedule, parameter groups.
 
-    eta(N) = exp(-0.4214 ln N - 0.5535)      N = decoder parameters without embeddings (MM1, section 3.1; searched at 9M to 1.2B)
-    lambda = 0.1 eta                         decoupled weight decay; torch's AdamW multiplies by the learning rate itself, so it
-                                             is told 0.1
-    lr(t)  = eta * t / warmup                while warming up, then a cosine from eta to final_lr * eta at the last step
+eta(N) = exp(-0.4214 ln N - 0.5535)      N = decoder parameters without embeddings (MM1, section 3.1; searched at 9M to 1.2B)
+lambda = 0.1 eta                         decoupled weight decay; torch's AdamW multiplies by the learning rate itself, so it
+                                         is told 0.1
+lr(t)  = eta * t / warmup                while warming up, then a cosine from eta to final_lr * eta at the last step
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,16 +21,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from configs.errors import UserError
 from data_pipelines.batch import IGNORE, KINDS, PackedBatch
-from data_pipelines.lanes import LaneStream
-from data_pipelines.loader import PackedLoader
+from data_pipelines.faults import Fault, FaultLog, Loss, check_budgets
+from data_pipelines.lanes import LaneStream, totals
+from data_pipelines.loader import PackedLoader, naming_dead_workers
 from mm1.config import TrainConfig
 from mm1.engine import Engine, Workers
 from mm1.flops import StepFlops, peak_flops
 from mm1.model.decoder import parameters_without_embeddings
 from mm1.model.multimodal import MultimodalLM
 from mm1.optim import learning_rate, parameter_groups, peak_learning_rate
-from mm1.run import Run
+from mm1.run import Run, config_differences
+
+SHOWN_FAULTS = 5
+"""Lines a report of faults prints; the file has all."""
 
 
 class Interrupted(Exception):
@@ -52,8 +58,14 @@ class Trainer:
         if config.engine.checkpointing:
             model.decoder.gradient_checkpointing_enable()
         self.engine = Engine(model, groups, workers, config.engine, config.optim, config.train.global_batch)
+        # Compared with a checkpoint's: a tokeniser that was exchanged in its place, say, has the same path and other ids.
+        self._identity = stream.identity() | {"image_encoder": {"image_size": model.config.image_size}}
+        self.sources: dict[str, dict[str, int]] = {}
+        """Of each source, what all processes have taken and delivered so far (packing.Counts)."""
         self.step = 0
         self.lanes: dict[int, dict[str, Any]] = {}
+        self.faults: list[Fault] = []
+        """Found by this process since they were last reported."""
         self.seen = {"tokens": 0, "loss_tokens": 0, "images": 0, "flops": 0, "seconds": 0.0}
 
     def fit(self) -> dict[str, float]:
@@ -77,7 +89,7 @@ class Trainer:
         peak = peak_flops(self.workers.device, self.config.engine.precision)
         quiet = not self.workers.main
         bar = tqdm(total=total, initial=self.step, desc=self.run.name, unit="step", disable=quiet, dynamic_ncols=True)
-        with stop_signals() as stop:
+        with stop_signals() as stop, naming_dead_workers():
             batches = iter(loader)
             window = Window()
             while self.step < total:
@@ -89,6 +101,8 @@ class Trainer:
                 self.seen["seconds"] += elapsed
                 window.add(part, waited, elapsed)
                 self.step += 1
+                if self.step % self.config.train.log_every == 0 or self.step == total or part["stop"]:
+                    self._account()
                 if self.step % self.config.train.log_every == 0 or self.step == total:
                     row = window.row(self.step, self._learning_rate(self.step - 1), self.workers.world, peak)
                     if log is not None:
@@ -122,8 +136,8 @@ class Trainer:
         by_kind = torch.zeros(2, len(KINDS), dtype=torch.float64)
         z_loss = self.config.optim.z_loss
         for batch in micro_batches:
-            for lane in batch.lane_states:
-                self.lanes[lane["lane"]] = lane["state"]
+            self.lanes |= batch.lane_states
+            self.faults += batch.faults
             batch = batch.to(self.workers.device)
             output = self.engine(
                 input_ids=batch.input_ids,
@@ -138,7 +152,7 @@ class Trainer:
                 loss = loss + z_loss * output.token_z.sum()
             self.engine.backward(loss / max(labelled, 1))
             self.engine.step(self._learning_rate(self.step))
-            kinds = batch.kinds[output.token_rows].cpu()
+            kinds = batch.kinds[batch.labels != IGNORE].cpu().long()
             by_kind[0].index_add_(0, kinds, output.token_losses.detach().double().cpu())
             by_kind[1].index_add_(0, kinds, torch.ones(len(kinds), dtype=torch.float64))
         sums = self.workers.sum(by_kind.flatten().tolist())
@@ -158,6 +172,25 @@ class Trainer:
             "stop": stops > 0,
         }
 
+    def _account(self) -> None:
+        """Lists new faults, notes what has come from each source so far, and stops a run that loses too much of one.
+
+        All processes call it at the same steps. Raises UserError naming source, counts and budget.
+        """
+        own = {name: asdict(counts) for name, counts in totals(self.stream, self.lanes).items()}
+        parts = self.workers.gather((self.faults, own))
+        self.faults = []
+        self.sources = {name: {key: sum(part[name][key] for _, part in parts) for key in own[name]} for name in own}
+        path = self.run.folder / "faults.jsonl"
+        if self.workers.main and (found := [fault for faults, _ in parts for fault in faults]):
+            new = FaultLog(path).add(found)
+            for fault in new[:SHOWN_FAULTS]:
+                tqdm.write(f"left out: {fault}")
+            if len(new) > SHOWN_FAULTS:
+                tqdm.write(f"left out: {len(new) - SHOWN_FAULTS:,} more, listed in {path}")
+        losses = {name: Loss(c["taken_documents"] + c["skipped"], c["skipped"]) for name, c in self.sources.items()}
+        check_budgets(losses, {name: self.config.data.sources[name].max_faults for name in losses}, str(path))
+
     # -------------------------------------------------------------------------------------------------------- checkpoints
 
     def _save(self) -> None:
@@ -165,10 +198,10 @@ class Trainer:
             return
         lanes = {lane: state for part in self.workers.gather(self.lanes) for lane, state in part.items()}
         state = {"step": self.step, "seen": self.seen, "rng": torch.get_rng_state(), "world": self.workers.world}
-        state["lanes"] = json.dumps(lanes)
+        state["lanes"], state["stream"] = json.dumps(lanes, separators=(",", ":")), json.dumps(self._identity)
         self.engine.save(folder, state)
         if self.workers.main:
-            self.run.update(steps=self.step, **run_counters(self.seen))
+            self.run.update(steps=self.step, sources=self.sources, **run_counters(self.seen))
             for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.config.train.keep_checkpoints]:
                 remove_tree(old)
 
@@ -177,6 +210,11 @@ class Trainer:
         if not found:
             return
         state = self.engine.load(found[-1])
+        if differences := config_differences(json.loads(state["stream"]), self._identity):
+            raise UserError(
+                f"{found[-1]} is a checkpoint of other data. What differs: {'; '.join(differences)}. Bring back "
+                "what it was trained on, or give this run another name=..."
+            )
         self.step, self.seen = state["step"], state["seen"]
         self.lanes = {int(lane): value for lane, value in json.loads(state["lanes"]).items()}
         torch.set_rng_state(state["rng"])
@@ -326,7 +364,7 @@ def validation_losses(model: MultimodalLM, batches: list[PackedBatch], device: t
 
     for batch in batches:
         batch = batch.to(device)
-        kind = KINDS[int(batch.kinds[0])]
+        kind = KINDS[int(batch.kinds.max())]  # of one source, and -1 on padding
         add(f"loss_{kind}", batch, batch.images)
         if kind == "captions" and len(batch.images) > 1:
             add("loss_captions_shuffled_images", batch, batch.images.roll(1, dims=0))

@@ -50,6 +50,7 @@ def tiny_model(seed: int = 0, connector: dict[str, Any] | None = None, decoder: 
     )
     return MultimodalLM(config, image_encoder=encoder, decoder=language_model)
 
+
 TRAIN_OVERRIDES = [
     "image_encoder=vit_tiny",
     "image_encoder.image_size=16",

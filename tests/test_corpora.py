@@ -30,7 +30,8 @@ from data_pipelines.document import Document, Image, Origin
 from data_pipelines.formats import read_document
 from data_pipelines.images import decode_image
 from data_pipelines.prepare import SCHEMAS, PrepareConfig, defaults, ensure_corpus, prepare
-from data_pipelines.shards import MANIFEST, Manifest, read_all
+from data_pipelines.reader import Members, read_all
+from data_pipelines.shards import MANIFEST, Manifest
 
 SMALL = ShapesConfig(captions=200, interleaved=60, text=60, validation=10, queries=40, support=20, image_size=32, vocab_size=400)
 STARTER = paths.corpus("starter")  # at import: later each test has a home of its own
@@ -48,14 +49,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def documents(folder: Path, source: str, split: str) -> Iterator[Document]:
     content = Manifest.load(folder).split(source, split)
-    for shard, key, members in read_all(folder, content):
-        yield read_document(content.format, members, Origin(source, shard, key))
+    for members in read_all(folder, source, split):
+        yield read_document(content.format, members, Origin(source, members.shard, members.key))
 
 
-def task_samples(folder: Path, task: str, split: str) -> list[tuple[dict[str, Any], dict[str, bytes]]]:
-    content = Manifest.load(folder).split(task, split)
-    assert content.format == "task"
-    return [(json.loads(members["json"]), members) for _, _, members in read_all(folder, content)]
+def task_samples(folder: Path, task: str, split: str) -> list[tuple[dict[str, Any], Members]]:
+    assert Manifest.load(folder).split(task, split).format == "task"
+    return [(json.loads(members["json"]), members) for members in read_all(folder, task, split)]
 
 
 # -------------------------------------------------------------------------------------------------------- determinism

@@ -24,8 +24,11 @@ from data_pipelines.inspect import InspectConfig, contact_sheet, look
 from data_pipelines.loader import PackedLoader
 from data_pipelines.packing import IGNORE
 from data_pipelines.page import page
-from data_pipelines.shards import Manifest, SplitWriter, index_shard, read_all
+from data_pipelines.reader import read_all
+from data_pipelines.shards import Manifest, SplitWriter
+from data_pipelines.storage import open_file
 from data_pipelines.stream import StreamConfig, StreamSettings, lines, open_stream
+from data_pipelines.tar import Sample, samples
 from data_pipelines.verify import Report, main, verify_shard
 from data_pipelines.views import End, Text, runs
 from mm1.config import TrainConfig
@@ -113,7 +116,8 @@ def test_a_name_whose_long_header_was_lost_is_not_trusted(tmp_path: Path) -> Non
             info = tarfile.TarInfo(name)
             info.size = 3
             tar.addfile(info, io.BytesIO(b"abc"))
-    assert len(index_shard(tmp_path / "a.tar")) == 1
+    (found,) = [item for item in samples(open_file(tmp_path / "a.tar")) if isinstance(item, Sample)]
+    assert list(found.members) == ["txt", "png"]
     data = bytearray((tmp_path / "a.tar").read_bytes())
     data[:512] = b"\xff" * 512
     (tmp_path / "a.tar").write_bytes(data)
@@ -192,12 +196,7 @@ def verify_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
 
 def test_a_corpus_is_compared_with_its_manifest(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = Manifest.load(corpus)
-    manifest.splits["text"]["train"].characters = sum(
-        len((corpus / s.file).read_bytes()[offset : offset + size])
-        for s in manifest.splits["text"]["train"].shards
-        for sample in index_shard(corpus / s.file)
-        for offset, size in sample.members.values()
-    )
+    manifest.splits["text"]["train"].characters = sum(len(members["txt"]) for members in read_all(corpus, "text", "train"))
     manifest.save(corpus)
     _, said = verify_json(capsys, str(corpus))
     # The tests' corpus counts no characters: each split but the one mended here is reported, and nothing else.
@@ -347,10 +346,10 @@ def inspected(corpus: Path, *overrides: str) -> tuple[InspectConfig, str, list]:
 def shards_texts(folder: Path) -> dict[str, str]:
     """origin -> the text of its document, straight from the shards."""
     found = {}
-    for source, splits in Manifest.load(folder).splits.items():
-        for file, key, members in read_all(folder, splits["train"]):
+    for source in Manifest.load(folder).splits:
+        for members in read_all(folder, source, "train"):
             spans = json.loads(members["json"])["texts"] if "json" in members else [members["txt"].decode()]
-            found[f"{source}:{file}:{key}"] = "".join(span for span in spans if span)
+            found[f"{source}:{members.shard}:{members.key}"] = "".join(span for span in spans if span)
     return found
 
 

@@ -34,7 +34,8 @@ from data_pipelines.formats import read_document, rows
 from data_pipelines.formats.pictures import stored
 from data_pipelines.formats.store import url_path
 from data_pipelines.prepare import PrepareConfig, prepare
-from data_pipelines.shards import Manifest, read_all
+from data_pipelines.reader import read_all
+from data_pipelines.shards import Manifest
 from tests.test_tars import caption, page, picture, prose, write
 
 BASE = ConvertConfig(name="mine", vocab_size=300, val_share=0.0)
@@ -75,9 +76,9 @@ def converted(config: ConvertConfig, source: str = "interleaved") -> list[Docume
     """All documents of a finished conversion, train before val."""
     folder = prepare(config)
     found = []
-    for split in Manifest.load(folder).splits[source].values():
-        for shard, key, members in read_all(folder, split):
-            found.append(read_document(split.format, members, convert.Origin(source, shard, key)))
+    for name, split in Manifest.load(folder).splits[source].items():
+        for members in read_all(folder, source, name):
+            found.append(read_document(split.format, members, convert.Origin(source, members.shard, members.key)))
     return found
 
 
@@ -170,8 +171,8 @@ def test_mmc4_with_base64_in_rows_and_in_tars_in_place(tmp_path: Path) -> None:
     folder = prepare(TarsConfig(name="there", interleaved=str(tar), vocab_size=300))
     split = Manifest.load(folder).split("interleaved", "train")
     assert (split.format, split.images) == ("mmc4", 3)
-    ((shard, key, members),) = read_all(folder, split)
-    assert shown(read_document("mmc4", members, convert.Origin("interleaved", shard, key))) == MMC4_PARTS
+    (members,) = read_all(folder, "interleaved", "train")
+    assert shown(read_document("mmc4", members, convert.Origin("interleaved", members.shard, members.key))) == MMC4_PARTS
 
 
 def test_mint1t_frames_follow_the_images_that_are_not_null(tmp_path: Path) -> None:
@@ -238,8 +239,8 @@ def test_a_conversion_keeps_every_part_and_the_order_of_documents(documents: lis
         config = replace(BASE, interleaved=str(file), image_store=str(images))
         manifest = convert.prepare(config, base / "out")
         expected = [[p if isinstance(p, str) else picture(p) for p in parts] for parts in documents]
-        found = read_all(base / "out", manifest.split("interleaved", "train"))
-        assert [shown(read_document("energon", m, convert.Origin("i", s, k))) for s, k, m in found] == expected
+        found = read_all(base / "out", "interleaved", "train")
+        assert [shown(read_document("energon", m, convert.Origin("i", m.shard, m.key))) for m in found] == expected
         again = convert.prepare(config, base / "again")
         assert again.fingerprint == manifest.fingerprint
 

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.mixture import Mixture
-from data_pipelines.order import EpochOrder, Permutation, keyed
+from data_pipelines.order import LaneOrder, Permutation, keyed
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -30,11 +31,25 @@ def test_permutations_of_different_keys_differ_and_look_shuffled() -> None:
     assert abs(sum(steps) / len(steps) / n - 1 / 3) < 0.02  # mean distance of two uniform points is n/3
 
 
+@given(st.integers(1, 3000), st.integers(0, 2**64 - 1), st.lists(st.integers(0, 10**6), max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_many_at_once_are_the_same_as_one_by_one(n: int, key: int, indices: list[int]) -> None:
+    permutation, inside = Permutation(n, key), [i % n for i in indices]
+    assert permutation.many(np.array(inside, np.int64)).tolist() == [permutation[i] for i in inside]
+
+
 def test_every_epoch_is_whole_and_its_own() -> None:
-    order = EpochOrder(100, 0, "order", "captions")
-    epochs = [[order[e * 100 + i] for i in range(100)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)
+    order = LaneOrder(100, 4, 0, "order", "captions")
+    epochs = [[order[lane, e * 25 + i] for i in range(25) for lane in range(4)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(100)) for epoch in epochs)  # type: ignore[type-var]
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_a_lane_reads_neighbours_together_where_blocks_are_asked_for() -> None:
+    order = LaneOrder(10_000, 4, 0, "order", block=50)
+    group = [order[2, place] for place in range(order.MIXED * 50)]
+    assert len({sample // 50 for sample in group if sample is not None}) == order.MIXED
+    assert group != sorted(group)  # type: ignore[type-var]
 
 
 def test_keyed_is_the_same_in_another_process() -> None:
@@ -50,12 +65,16 @@ RATIOS = st.lists(st.integers(1, 100), min_size=1, max_size=6).map(lambda w: {f"
 @given(RATIOS, st.integers(1, 257), st.integers(0, 1000))
 @settings(max_examples=80, deadline=None)
 def test_each_batch_misses_its_target_by_less_than_one(ratios: dict[str, float], batch: int, seed: int) -> None:
+    """And so does everything up to it together."""
     mixture = Mixture(ratios, batch, seed)
-    for step in range(8):
+    total: Counter[str] = Counter()
+    for step in range(40):
         counts = Counter(mixture.slots(step))
         assert sum(counts.values()) == batch
+        total.update(counts)
         for name, ratio in ratios.items():
             assert abs(counts[name] - ratio * batch) < 1 + 1e-3
+            assert abs(total[name] - ratio * batch * (step + 1)) < 1 + 1e-1
 
 
 @pytest.mark.parametrize("batch", [1, 16, 20, 512])

@@ -16,8 +16,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from data_pipelines.index import IndexBuilder
 from data_pipelines.shards import Manifest, Package, Split, SplitWriter, Task
 from data_pipelines.tokenizer import train_tokenizer
 
@@ -133,6 +134,14 @@ class CorpusBuilder:
         self.writers: dict[tuple[str, str], SplitWriter] = {}
         self.training_text: dict[str, list[str]] = {source: [] for source in FORMATS}
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """A preparation that stopped leaves no files."""
+        if kind is not None:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
     def sample(self, source: str, split: str, members: Mapping[str, bytes | str], *, images: int, characters: int) -> None:
         """One sample as it is. Keeps no text for the tokenizer, unlike the methods below, and so takes any number of samples."""
         key = (source, split)
@@ -185,13 +194,14 @@ class CorpusBuilder:
         settings: dict[str, object],
         tokenizer: str,
         splits: Mapping[str, dict[str, Split]] | None = None,
+        indexes: Mapping[tuple[str, str], IndexBuilder] | None = None,
     ) -> Manifest:
-        """`splits`: source -> split -> Split of shards that lie elsewhere, beside those this builder wrote."""
+        """`splits`: source -> split -> Split of shards that lie elsewhere, beside those this builder wrote; `indexes`: theirs."""
         manifest = Manifest(self.folder.name, recipe, tasks=tasks, packages=packages, settings=settings, tokenizer=tokenizer)
         manifest.splits = {source: dict(by_split) for source, by_split in (splits or {}).items()}
         for (source, split), writer in self.writers.items():
             manifest.splits.setdefault(source, {})[split] = writer.close()
-        manifest.save(self.partial)
+        manifest.save(self.partial, indexes)
         outdated = self.folder.parent / f".{self.folder.name}.outdated"
         shutil.rmtree(outdated, ignore_errors=True)
         if self.folder.exists():

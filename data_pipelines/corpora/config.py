@@ -88,7 +88,7 @@ class ShapesConfig(PicturesConfig):
 
 @dataclass
 class OwnConfig(CorpusConfig):
-    """Files that are there already. Each source: one pattern or a list of them, local paths with {000..127} or * in them."""
+    """Files that are there already. Each source: one pattern or a list of them, paths or URLs, with {000..127} or * in them."""
 
     vocab_size: int = 32_000
     captions: Any = None
@@ -96,6 +96,8 @@ class OwnConfig(CorpusConfig):
     text: Any = None
     interleaved_format: str | None = None
     """The layout of the interleaved source; null: found from its first valid samples."""
+    max_faults: float = 0.0
+    """Share of a source's samples that may be left out because they are damaged; 0: the first one stops the preparation."""
     val_share: float = 0.01
     tokenizer: str | None = None
     """Folder of a transformers tokenizer to use in place of a trained one; `vocab_size` then means nothing."""
@@ -123,6 +125,8 @@ class OwnConfig(CorpusConfig):
             )
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(f"corpus.vocab_size={self.vocab_size}: at least {SMALLEST_VOCABULARY}, for 256 bytes and 3 marks.")
+        if not 0 <= self.max_faults < 1:
+            raise UserError(f"corpus.max_faults={self.max_faults}: a share of the samples, 0 or more and below 1.")
         if not 0 <= self.val_share < 1:
             raise UserError(f"corpus.val_share={self.val_share}: a share of the data, 0 or more and below 1.")
         if self.interleaved_format is not None and self.interleaved_format not in self.interleaved_formats():

@@ -14,7 +14,6 @@ and row; a picture that is not in the image store is listed (formats/store.py). 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -26,19 +25,22 @@ from configs.errors import UserError
 from data_pipelines.corpora.building import FORMATS, CorpusBuilder, dumps, unit
 from data_pipelines.corpora.config import ConvertConfig
 from data_pipelines.corpora.detection import PROBE, detect, examine
+from data_pipelines.corpora.quarantine import Quarantine
 from data_pipelines.corpora.tars import TOKENIZER_CHARACTERS, expand, given_tokenizer, make_tokenizer, read_shard, tar_reader
 from data_pipelines.document import Document, Image, Origin
+from data_pipelines.faults import Fault
 from data_pipelines.formats import ROW_READERS, mmc4, obelics
 from data_pipelines.formats.pictures import PictureError, stored
 from data_pipelines.formats.rows import container, needs_module, read_rows
 from data_pipelines.formats.store import Fetch, ImageStore
 from data_pipelines.shards import Manifest, require_space, sha256_of
+from data_pipelines.storage import is_remote
 
 LISTING = "missing_images.jsonl"
 
 Content = Mapping[str, Any]
-Records = Iterator[tuple[Origin, Content, int]]
-"""(where it is, members or fields, bytes of the file read so far)"""
+Records = Iterator[tuple[Origin, Content | UserError, int]]
+"""(where it is, members or fields, bytes of the file read so far); a UserError in place of what cannot be read"""
 
 
 def prepare(config: ConvertConfig, folder: Path) -> Manifest:
@@ -46,7 +48,7 @@ def prepare(config: ConvertConfig, folder: Path) -> Manifest:
 
     Raises UserError naming the file and the row or sample that is missing, damaged or not of its source's layout.
     """
-    files = {source: expand(source, patterns) for source, patterns in config.patterns().items()}
+    files = {source: _local(source, expand(source, patterns)) for source, patterns in config.patterns().items()}
     for source, paths in files.items():  # all of them, before hours of reading the first
         for path in paths:
             kind = container(path)
@@ -55,12 +57,16 @@ def prepare(config: ConvertConfig, folder: Path) -> Manifest:
     given = given_tokenizer(config)
     if config.image_size is None:
         require_space(folder, sum(path.stat().st_size for paths in files.values() for path in paths), "The conversion")
-    conversion = _Conversion(config, folder)
-    try:
-        return conversion.run(files, given)
-    except BaseException:
-        shutil.rmtree(conversion.builder.partial, ignore_errors=True)
-        raise
+    with CorpusBuilder(folder) as builder:
+        return _Conversion(config, builder).run(files, given)
+
+
+def _local(source: str, names: Sequence[str]) -> list[Path]:
+    if remote := [name for name in names if is_remote(name)]:
+        raise UserError(
+            f"corpus.{source}: {remote[0]} is not on this machine. Conversion reads local files: download or mount them."
+        )
+    return [Path(name) for name in names]
 
 
 def _layouts(config: ConvertConfig, source: str, path: Path, kind: str) -> tuple[str, ...]:
@@ -74,8 +80,9 @@ def _layouts(config: ConvertConfig, source: str, path: Path, kind: str) -> tuple
 
 
 class _Conversion:
-    def __init__(self, config: ConvertConfig, folder: Path) -> None:
-        self.config, self.builder = config, CorpusBuilder(folder)
+    def __init__(self, config: ConvertConfig, builder: CorpusBuilder) -> None:
+        self.config, self.builder = config, builder
+        self.quarantine = Quarantine(builder.partial, config.max_faults)
         self.keep = partial(stored, longest=config.image_size, quality=config.quality)
         images = Path(config.image_store).expanduser() if config.image_store else None
         self.store = ImageStore(images, self.builder.partial / LISTING, self.keep)
@@ -88,6 +95,7 @@ class _Conversion:
             heard = self.source(source, paths)
             texts += heard if given is None else []
         self.settle_missing()
+        self.quarantine.report()
         make_tokenizer(given, texts, self.config.vocab_size, self.builder.partial / "tokenizer")
         settings: dict[str, object] = {"config": asdict(self.config), "inputs": self.inputs}
         if self.store.missing:
@@ -108,18 +116,24 @@ class _Conversion:
                 start, room, count = bar.n, TOKENIZER_CHARACTERS // len(paths), 0
                 for origin, content, done in records(source, path, self.config):
                     count += 1
-                    before = self.store.missing
-                    document = read(origin, content)
+                    before, from_byte = self.store.missing, bar.n - start
                     bar.update(start + done - bar.n)
+                    try:
+                        document = self.document(read, origin, content)
+                        members = self.members(source, document)
+                    except UserError as error:
+                        fault = Fault(source, str(path), origin.key, from_byte, done, str(error).removeprefix(f"{origin}: "))
+                        self.quarantine.add(fault, str(error))
+                        continue
                     if not document.parts and self.store.missing > before:
                         self.emptied += 1
                         continue
-                    if not document.parts:
-                        raise UserError(f"{origin}: holds neither text nor image. Take it out.")
-                    if self.store.missing and self.config.missing_images == "refuse":
+                    self.quarantine.good(source)
+                    if self.refusing:
                         continue  # from here on only to list every missing picture
                     split = self.split(source, written)
-                    self.write(source, split, document)
+                    images = len(document.images)
+                    self.builder.sample(source, split, members, images=images, characters=len(document.text))
                     written += 1
                     if split == "train" and room > 0:
                         texts.append(document.text[:room])
@@ -154,8 +168,9 @@ class _Conversion:
         if self.config.interleaved_format is not None and source == "interleaved":
             layout = layouts[0]
         else:
-            probed = ((origin, content) for origin, content, _ in islice(records(source, path, self.config), PROBE))
-            layout = detect(f"corpus.{source}={path}", looking, probed)
+            probed = islice(records(source, path, self.config), PROBE)
+            readable = ((origin, content) for origin, content, _ in probed if not isinstance(content, UserError))
+            layout = detect(f"corpus.{source}={path}", looking, readable)
         return layout, made(layout, self.store)
 
     def split(self, source: str, number: int) -> str:
@@ -165,7 +180,18 @@ class _Conversion:
             return "train"
         return "val" if number == 1 or unit(self.config.seed, "validation document", source, number) < share else "train"
 
-    def write(self, source: str, split: str, document: Document) -> None:
+    def document(self, read: Callable[[Origin, Content], Document], origin: Origin, content: Content | UserError) -> Document:
+        """Raises UserError naming the record when it is malformed, or empty although no picture of it is missing."""
+        if isinstance(content, UserError):
+            raise content
+        before = self.store.missing
+        document = read(origin, content)
+        if not document.parts and self.store.missing == before:
+            raise UserError(f"{origin}: holds neither text nor image. Take it out.")
+        return document
+
+    def members(self, source: str, document: Document) -> dict[str, bytes | str]:
+        """As the suite's own layouts have it. Raises UserError for a picture that cannot be kept."""
         members: dict[str, bytes | str] = {}
         images: list[str | None] = []
         for part in document.parts:
@@ -179,13 +205,10 @@ class _Conversion:
                 images.append(name)
             else:
                 images.append(None)
-        count = len(members)
         if FORMATS[source] == "energon":
             texts = [part if isinstance(part, str) else None for part in document.parts]
-            members = {"json": dumps({"images": images, "texts": texts}), **members}
-        else:
-            members["txt"] = document.text
-        self.builder.sample(source, split, members, images=count, characters=len(document.text))
+            return {"json": dumps({"images": images, "texts": texts}), **members}
+        return {**members, "txt": document.text}
 
     def note(self, source: str, path: Path, layout: str, documents: int, hashes: dict[str, Path]) -> None:
         """Where the corpus came from, for the manifest; the hash is taken while the file is still in the page cache."""
@@ -225,10 +248,12 @@ def _fetch_nothing(origin: Origin, kind: str, value: str) -> Image | None:
 def records(source: str, path: Path, config: ConvertConfig) -> Records:
     """All records of one file, in order."""
     if container(path) == "tar":
-        done = 0
-        for origin, members in read_shard(source, path):
-            done += sum(map(len, members.values()))
-            yield origin, members, done
+        for item in read_shard(source, str(path)):
+            if isinstance(item, Fault):
+                yield Origin(source, str(path), item.key or f"bytes {item.start:,}"), UserError(str(item)), item.end
+                continue
+            origin, members, sample = item
+            yield origin, members, sample.end
         return
     columns = (config.text_key,) if source == "text" else tuple(dict.fromkeys(obelics.COLUMNS + mmc4.COLUMNS))
     for row, fields, done in read_rows(path, columns):

@@ -11,8 +11,8 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from configs.errors import UserError
-from data_pipelines.document import Document, Image, Origin
-from data_pipelines.formats import KNOWN, read_document
+from data_pipelines.document import Document, Origin
+from data_pipelines.formats import KNOWN, following, read_document
 from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
 from data_pipelines.formats.pictures import PictureError, header
 
@@ -68,35 +68,14 @@ def checked(format: str, members: Mapping[str, bytes], origin: Origin) -> Docume
 
 
 def examine(format: str, origin: Origin, read: Callable[[], Document]) -> Document:
-    """What `read` returns, made sure to be text that can be encoded and pictures whose header can be read; else UserError.
+    """What `read` returns, made sure to follow its layout and to hold pictures whose header can be read; else UserError.
 
     A picture is judged by its header alone, which takes microseconds; damage further in is found when it is decoded.
     """
-    try:
-        document = read()
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # no UTF-8, no JSON, JSON of another shape
-        raise UserError(
-            f"{origin}: does not follow the layout {format!r} ({type(error).__name__}: {error}). Correct it, or take it out."
-        ) from error
-    for number, part in enumerate(document.parts):
-        if isinstance(part, Image):
-            try:
-                header(part.data)
-            except PictureError as error:
-                raise UserError(f"{origin}: {part.name} {error}. Shrink or mend it, or take the sample out.") from error
-        elif not isinstance(part, str):
-            raise UserError(f"{origin}: text slot {number} holds {part!r}, which is no text. Correct it, or take it out.")
-        elif not part.isascii():
-            try:
-                part.encode()
-            except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write and UTF-8 cannot
-                raise UserError(
-                    f"{origin}: text slot {number} is no valid Unicode ({error}). Correct it, or take it out."
-                ) from error
+    document = following(format, origin, read)
+    for image in document.images:
+        try:
+            header(image.data)
+        except PictureError as error:
+            raise UserError(f"{origin}: {image.name} {error}. Shrink or mend it, or take the sample out.") from error
     return document

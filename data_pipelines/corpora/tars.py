@@ -1,31 +1,35 @@
-"""Your own shards as a corpus: webdataset tars that are checked, counted and hashed where they lie, not copied.
+"""Your own shards as a corpus: webdataset tars, on this machine or behind URLs, checked and indexed where they lie, not copied.
 
     patterns -> shards -> every sample read once by its layout's reader -> manifest with absolute paths -> tokenizer
 
 A source's layout (formats.LAYOUTS) is found from its first valid samples (detection.py), or set; from then on every sample must
 follow it. What does not (a truncated shard, a missing caption, a web page saved as a picture) stops the preparation with shard
-and key: left out silently it would change the corpus without anyone knowing. The val split is made of whole shards, and so needs
-no copy either.
+and key, or is left out and listed up to a share that the user allows (quarantine.py); the index then holds the good
+ones alone. The val split is made of whole shards, and so needs no copy either.
 """
 
 from __future__ import annotations
 
-import glob
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from configs.errors import UserError
 from data_pipelines.corpora.building import CorpusBuilder
 from data_pipelines.corpora.config import OwnConfig, TarsConfig
 from data_pipelines.corpora.detection import checked, detect
+from data_pipelines.corpora.quarantine import Quarantine
 from data_pipelines.document import Document, Origin
+from data_pipelines.faults import Fault
 from data_pipelines.formats import LAYOUTS
+from data_pipelines.index import IndexBuilder
 from data_pipelines.order import keyed
-from data_pipelines.shards import Manifest, Shard, Split, index_shard, sha256_of
+from data_pipelines.shards import Manifest, Shard, Split, sha256_of
+from data_pipelines.storage import ReadError, is_remote, matches, open_file, size_of
+from data_pipelines.tar import Damage, Sample, read_members, samples
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.tokens import load_tokenizer
 
@@ -40,65 +44,68 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 def prepare(config: TarsConfig, folder: Path) -> Manifest:
-    """Read every sample of every shard once and write the manifest and the tokenizer into `folder`.
+    """Read every sample of every shard once and write the manifest, the indexes and the tokenizer into `folder`.
 
-    Raises UserError naming the pattern, the shard or the sample that is missing, damaged or not of its source's layout.
+    Raises UserError naming the pattern, the shard or the sample that is missing, damaged or not of its source's layout; samples
+    only beyond config.max_faults.
     """
     shards = {source: expand(source, patterns) for source, patterns in config.patterns().items()}
     given = given_tokenizer(config)
+    with CorpusBuilder(folder) as builder:
+        return _prepare(config, shards, given, builder)
+
+
+def _prepare(config: TarsConfig, shards: Mapping[str, Sequence[str]], given: Path | None, builder: CorpusBuilder) -> Manifest:
+    quarantine = Quarantine(builder.partial, config.max_faults)
+    indexes: dict[tuple[str, str], IndexBuilder] = {}
     splits: dict[str, dict[str, Split]] = {}
     texts: list[str] = []
-    for source, paths in shards.items():
-        held = held_out(source, [path.stat().st_size for path in paths], config.val_share, config.seed)
-        print(f"  {source}: {division(len(paths), len(held), config.val_share)}", flush=True)
-        splits[source], heard = read_source(source, paths, held, config.layouts(source))
-        texts += heard if given is None else []
-    builder = CorpusBuilder(folder)
+    for source, names in shards.items():
+        held = held_out(source, [size_of(name) for name in names], config.val_share, config.seed)
+        print(f"  {source}: {division(len(names), len(held), config.val_share)}", flush=True)
+        reading = _Reading(source, names, held, config.layouts(source), quarantine)
+        reading.run()
+        splits[source] = reading.splits
+        indexes |= {(source, split): index for split, index in reading.indexes.items()}
+        texts += reading.texts if given is None else []
+    quarantine.report()
     make_tokenizer(given, texts, config.vocab_size, builder.partial / "tokenizer")
+    settings: dict[str, object] = {"config": asdict(config)}
     return builder.finish(
-        recipe="tars", tasks={}, packages=[], settings={"config": asdict(config)}, tokenizer="tokenizer", splits=splits
+        recipe="tars", tasks={}, packages=[], settings=settings, tokenizer="tokenizer", splits=splits, indexes=indexes
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
-def expand(source: str, patterns: Sequence[str]) -> list[Path]:
-    """Absolute paths of all shards: braces in their order, what * matches in sorted order.
+def expand(source: str, patterns: Sequence[str]) -> list[str]:
+    """Absolute paths and URLs of all shards: braces in their order, what * matches in sorted order.
 
     Raises UserError naming the pattern when it matches nothing or only in part, and when a shard is named twice.
     """
     from braceexpand import braceexpand
 
-    found: dict[Path, Path] = {}  # resolved -> as named, so that a link cannot bring one shard in twice
+    found: dict[str, str] = {}  # resolved -> as named, so that a link cannot bring one shard in twice
     for pattern in patterns:
         where = f"corpus.{source}={pattern}"
-        if "://" in pattern or pattern.startswith("pipe:"):
-            raise UserError(f"{where}: only files on this machine can be read at random. Download the shards, or mount them.")
+        if pattern.startswith("pipe:"):
+            raise UserError(f"{where}: what a command prints cannot be read at random. Give the files, or their URLs.")
         try:
             pieces = list(braceexpand(pattern))
         except ValueError as error:
             raise UserError(f"{where}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
-        matches = {piece: _matches(piece) for piece in pieces}
-        missing = [piece for piece in pieces if not matches[piece]]
+        matched = {piece: matches(piece) for piece in pieces}
+        missing = [piece for piece in pieces if not matched[piece]]
         if missing:
             folder = next((piece for piece in missing if Path(piece).expanduser().is_dir()), None)
             advice = f"{folder} is a folder: add /*.tar." if folder else "Correct the pattern, or bring the shards there."
             raise UserError(f"{where}: {len(missing)} of {len(pieces)} not found, the first is {missing[0]}. {advice}")
-        for path in (path for piece in pieces for path in matches[piece]):
-            if (real := path.resolve()) in found:
-                raise UserError(f"{where}: {path} is named twice (first as {found[real]}). Each shard may be in a corpus once.")
-            found[real] = path
+        for name in (name for piece in pieces for name in matched[piece]):
+            if (real := name if is_remote(name) else str(Path(name).resolve())) in found:
+                raise UserError(f"{where}: {name} is named twice (first as {found[real]}). Each shard may be in a corpus once.")
+            found[real] = name
     return list(found.values())
-
-
-def _matches(piece: str) -> list[Path]:
-    path = Path(os.path.abspath(Path(piece).expanduser()))
-    if path.is_file():  # also one with a * or [ in its name
-        return [path]
-    if not glob.has_magic(piece):
-        return []
-    return [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
 
 
 def held_out(source: str, sizes: Sequence[int], share: float, seed: int) -> set[int]:
@@ -124,64 +131,94 @@ def division(shards: int, held: int, share: float) -> str:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_source(source: str, paths: Sequence[Path], held: set[int], layouts: Sequence[str]) -> tuple[dict[str, Split], list[str]]:
-    """(split name -> Split, text for the tokenizer): all samples read and checked; the text is of train shards alone."""
-    from tqdm import tqdm
+class _Reading:
+    """All shards of one source: every sample read and checked; afterwards splits, indexes, and text of the train shards."""
 
-    format = find_format(source, paths[0], layouts)
-    names = ["val" if number in held else "train" for number in range(len(paths))]
-    splits = {name: Split(format) for name in dict.fromkeys(sorted(names))}
-    # An equal part from every shard, so that each kind of document is heard even where every shard holds another kind.
-    quota = TOKENIZER_CHARACTERS // names.count("train")
-    texts: list[str] = []
-    hashes: dict[str, Path] = {}
-    size = sum(path.stat().st_size for path in paths)
-    with tqdm(total=size, desc=f"  reading {source}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        for path, name in zip(paths, names, strict=True):
-            split, samples, room, end = splits[name], 0, quota, bar.n + path.stat().st_size
-            for origin, members in read_shard(source, path):
-                document = checked(format, members, origin)
-                text = document.text
-                samples += 1
-                split.images += len(document.images)
-                split.characters += len(text)
-                if name == "train" and room > 0:
-                    texts.append(text[:room])
-                    room -= len(text)
-                bar.update(sum(map(len, members.values())))
-            if samples == 0:
-                raise UserError(f"{path}: holds no samples. Leave it out of corpus.{source}.")
-            sha256 = sha256_of(path)  # straight after reading, while the shard is still in the page cache
-            if sha256 in hashes:
-                raise UserError(f"{path} and {hashes[sha256]} are the same, byte for byte. Leave one out of corpus.{source}.")
-            hashes[sha256] = path
-            split.shards.append(Shard(str(path), samples, path.stat().st_size, sha256))
-            bar.update(end - bar.n)
-    return splits, texts
+    def __init__(self, source: str, names: Sequence[str], held: set[int], layouts: Sequence[str], quarantine: Quarantine) -> None:
+        self.source, self.names, self.held, self.quarantine = source, names, held, quarantine
+        self.format = find_format(source, names[0], layouts)
+        kinds = sorted({self.split_of(number) for number in range(len(names))})
+        self.splits = {name: Split(self.format) for name in kinds}
+        self.indexes = {name: IndexBuilder() for name in kinds}
+        self.texts: list[str] = []
+
+    def split_of(self, number: int) -> str:
+        return "val" if number in self.held else "train"
+
+    def run(self) -> None:
+        from tqdm import tqdm
+
+        # An equal part from every shard, so that each kind of document is heard even where every shard holds another kind.
+        quota = TOKENIZER_CHARACTERS // (len(self.names) - len(self.held))
+        hashes: dict[str, str] = {}
+        size = sum(map(size_of, self.names))
+        with tqdm(total=size, desc=f"  reading {self.source}", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            for number, name in enumerate(self.names):
+                split, bytes = self.split_of(number), size_of(name)
+                end = bar.n + bytes
+                good = list(self.shard(name, split, quota if split == "train" else 0, bar))
+                if not good and not self.quarantine.count(self.source):
+                    raise UserError(f"{name}: holds no samples. Leave it out of corpus.{self.source}.")
+                sha256 = sha256_of(name)  # straight after reading, while the shard is still in the page cache
+                if sha256 in hashes:
+                    raise UserError(
+                        f"{name} and {hashes[sha256]} are the same, byte for byte. Leave one out of corpus.{self.source}."
+                    )
+                hashes[sha256] = name
+                self.splits[split].shards.append(Shard(name, self.indexes[split].add_shard(good), bytes, sha256))
+                bar.update(end - bar.n)
+
+    def shard(self, name: str, split: str, room: int, bar: Any) -> Iterator[Sample]:
+        """The good samples of one shard; up to `room` characters of their text are kept."""
+        content = self.splits[split]
+        for item in read_shard(self.source, name):
+            if isinstance(item, Fault):
+                content.faults += self.quarantine.add(item)
+                continue
+            origin, members, sample = item
+            try:
+                document = checked(self.format, members, origin)
+            except ReadError:
+                raise
+            except UserError as error:
+                reason = str(error).removeprefix(f"{origin}: ")
+                fault = Fault(self.source, name, sample.key, sample.start, sample.end, reason)
+                content.faults += self.quarantine.add(fault, str(error))
+                continue
+            self.quarantine.good(self.source)
+            text = document.text
+            content.images += len(document.images)
+            content.characters += len(text)
+            if room > 0:
+                self.texts.append(text[:room])
+                room -= len(text)
+            bar.update(sum(map(len, members.values())))
+            yield sample
 
 
-def read_shard(source: str, path: Path) -> Iterator[tuple[Origin, dict[str, bytes]]]:
-    """Every sample of one shard, in order. Raises UserError naming the shard when it is truncated, damaged or compressed."""
-    with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            raise UserError(f"{path} is compressed; reading samples at random needs a plain tar. Unpack it: gunzip {path}")
-        for entry in index_shard(path):
-            members = {}
-            for extension, (offset, size) in entry.members.items():
-                file.seek(offset)
-                members[extension] = file.read(size)
-            yield Origin(source, str(path), entry.key), members
+def read_shard(source: str, name: str) -> Iterator[tuple[Origin, dict[str, bytes], Sample] | Fault]:
+    """Every sample and every damage of one shard, in order. Raises UserError naming a shard that is compressed."""
+    file = open_file(name)
+    if file.read(0, 2) == b"\x1f\x8b":
+        raise UserError(f"{name} is compressed; reading samples at random needs a plain tar. Unpack it: gunzip {name}")
+    for item in samples(file):
+        if isinstance(item, Damage):
+            yield Fault(source, name, item.key, item.start, item.end, item.reason)
+        else:
+            yield Origin(source, name, item.key), read_members(file, item), item
+    file.close()
 
 
-def find_format(source: str, path: Path, layouts: Sequence[str]) -> str:
-    """The layout of the first valid samples of `path`; raises UserError with what was seen and what each layout missed.
+def find_format(source: str, name: str, layouts: Sequence[str]) -> str:
+    """The layout of the first valid samples of shard `name`; raises UserError with what was seen and what each layout missed.
 
     A single layout is not looked for: what does not follow it is named by the reading itself.
     """
     if len(layouts) == 1 and layouts != LAYOUTS[source]:
         return layouts[0]
     readers = {layout: tar_reader(layout) for layout in layouts}
-    return detect(f"corpus.{source}={path}", readers, read_shard(source, path))
+    found = ((item[0], item[1]) for item in read_shard(source, name) if not isinstance(item, Fault))
+    return detect(f"corpus.{source}={name}", readers, found)
 
 
 def tar_reader(layout: str) -> Callable[[Origin, Mapping[str, bytes]], Document]:

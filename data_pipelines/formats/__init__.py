@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs.errors import UserError
-from data_pipelines.document import Document, Origin
+from data_pipelines.document import Document, Image, Origin
 from data_pipelines.formats import energon, img2dataset, mint1t, mmc4, obelics, text
 from data_pipelines.formats.store import Fetch
 
@@ -50,7 +50,30 @@ KNOWN = {
 
 
 def read_document(format: str, members: Mapping[str, bytes], origin: Origin) -> Document:
-    """Raises UserError naming the sample when the layout is unknown or the sample does not follow it."""
+    """The sample as a document of strings and images. Raises UserError naming the sample when it does not follow its layout."""
     if format not in READERS:
         raise UserError(f"{origin}: unknown shard format {format!r}; known: {', '.join(sorted(READERS))}.")
-    return READERS[format](members, origin)
+    return following(format, origin, lambda: READERS[format](members, origin))
+
+
+def following(format: str, origin: Origin, read: Callable[[], Document]) -> Document:
+    """What `read` returns, certain to hold text that can be encoded; whatever a malformed record makes it raise, as UserError."""
+    try:
+        document = read()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # bytes that are no UTF-8, no JSON ...
+        raise UserError(
+            f"{origin}: does not follow the layout {format!r} ({type(error).__name__}: {error}). Correct it, or take it out."
+        ) from error
+    for number, part in enumerate(document.parts):
+        if isinstance(part, Image):
+            continue
+        if not isinstance(part, str):
+            raise UserError(f"{origin}: text slot {number} holds {part!r}, which is no text. Correct it, or take it out.")
+        if not part.isascii():
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write and UTF-8 cannot
+                raise UserError(
+                    f"{origin}: text slot {number} is no valid Unicode ({error}). Correct it, or take it out."
+                ) from error
+    return document

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from configs.errors import UserError
@@ -21,6 +22,6 @@ def read(members: Mapping[str, bytes], origin: Origin) -> Document:
     def picture(slot: int, name: Any) -> Image:
         if name not in members:
             raise UserError(f"{origin}: slot {slot} names image {name!r}, which is not among {sorted(members)}.")
-        return Image(members[name], name)
+        return Image(partial(members.__getitem__, name), name)  # read when its sequence is full (document.Image)
 
     return Document(parts_of(json.loads(members["json"]), origin, picture), origin)

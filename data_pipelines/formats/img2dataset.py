@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from configs.errors import UserError
 from data_pipelines.document import Document, Image, Origin
@@ -14,4 +15,5 @@ def read(members: Mapping[str, bytes], origin: Origin) -> Document:
     extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
     if extension is None or "txt" not in members:
         raise UserError(f"{origin}: a caption sample needs an image and a txt member; it has {sorted(members)}.")
-    return Document((Image(members[extension], extension), members["txt"].decode()), origin)
+    picture = Image(partial(members.__getitem__, extension), extension)  # read when its sequence is full (document.Image)
+    return Document((picture, members["txt"].decode()), origin)

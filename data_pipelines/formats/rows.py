@@ -70,11 +70,12 @@ def _gzip_head(path: Path) -> bytes:
         return b""  # the reader names what is wrong
 
 
-def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any], int]]:
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any] | UserError, int]]:
     """(row, fields, bytes read so far); a row is named "line 3" (from 1, as editors count) or, of parquet, "row 2" (from 0).
 
-    `columns` are those that parquet reads, of the ones that are there; lines always have all. Raises UserError naming file and
-    row for what is no JSON object, and the file for one that is damaged or ends too early.
+    `columns` are those that parquet reads, of the ones that are there; lines always have all. A line that is no JSON object is
+    handed over as the UserError that names it, and the next one follows. Raises UserError for a file that is damaged or ends too
+    early.
     """
     kind = container(path)
     if kind == "parquet":
@@ -84,12 +85,13 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
         for number, line in enumerate(_lines(path, _pieces(path, file, kind)), 1):
             if not line.strip():
                 continue
+            row: dict[str, Any] | UserError
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    row = UserError(f"{path}:line {number}: must be a JSON object, and is {type(row).__name__}.")
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:line {number}: no JSON ({error}). Correct the line, or take it out.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:line {number}: must be a JSON object, and is {type(row).__name__}.")
+                row = UserError(f"{path}:line {number}: no JSON ({error}). Correct the line, or take it out.")
             yield f"line {number}", row, file.tell()
 
 

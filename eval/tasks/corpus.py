@@ -11,13 +11,14 @@ Planning needs ids alone, so a `Pool` keeps each sample's JSON and reads images 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from data_pipelines.shards import Manifest, ShardReader
+from data_pipelines.reader import SplitReader
+from data_pipelines.shards import Manifest
 from eval.tasks.example import Example
 
 _KEYS = {
@@ -35,12 +36,13 @@ class Pool:
     def __init__(self, folder: Path, manifest: Manifest, place: str, kind: str, task: str) -> None:
         source, _, split = place.partition("/")
         self.kind, self.place, self.task = kind, place, task
-        self._reader = ShardReader(folder, manifest.split(source, split))
+        self._reader = SplitReader(folder, manifest, source, split)
         self._records: list[dict[str, Any]] = []
         self._position: dict[str, int] = {}
         for position in range(len(self._reader)):
-            shard, key, members = self._reader[position]
-            record = _record(members, kind, f"{folder / shard}: sample {key} of task {task}")
+            members = self._reader[position]
+            shard = members.shard
+            record = _record(members, kind, f"{folder / shard}: sample {members.key} of task {task}")
             name = str(record["id"])
             if name in self._position:
                 raise UserError(
@@ -64,9 +66,9 @@ class Pool:
     def example(self, name: str) -> Example:
         """Raises UserError if an image is missing from the sample."""
         position = self._position[name]
-        shard, key, members = self._reader[position]
+        members = self._reader[position]
         record = self._records[position]
-        where = f"{shard}: sample {key} of task {self.task}"
+        where = f"{members.shard}: sample {members.key} of task {self.task}"
         if self.kind == "binding":
             return _episode(record, members, where)
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
@@ -76,7 +78,7 @@ class Pool:
         return Example(name, str(record["image_id"]), image, record.get("question"), tuple(references))
 
 
-def _record(members: dict[str, bytes], kind: str, where: str) -> dict[str, Any]:
+def _record(members: Mapping[str, bytes], kind: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(members["json"])
         missing = [key for key in _KEYS[kind] if key not in record]
@@ -94,7 +96,7 @@ def _record(members: dict[str, bytes], kind: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _episode(record: dict[str, Any], members: dict[str, bytes], where: str) -> Example:
+def _episode(record: dict[str, Any], members: Mapping[str, bytes], where: str) -> Example:
     name = str(record["id"])
     try:
         shown = tuple(

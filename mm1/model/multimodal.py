@@ -67,12 +67,11 @@ class MultimodalConfig(PretrainedConfig):
 
 @dataclass
 class MultimodalOutput(CausalLMOutputWithPast):
-    """With labels: `loss` is the mean over labelled positions; `token_losses` float32 (T,) are theirs in row-major order,
-    `token_z` the squared log-partition at each (for z-loss), and `token_rows` int64 (T,) the batch row each stands in."""
+    """With labels: `loss` is the mean over labelled positions; `token_losses` float32 (T,) are theirs in row-major order, and
+    `token_z` the squared log-partition at each (for z-loss)."""
 
     token_losses: torch.Tensor | None = None
     token_z: torch.Tensor | None = None
-    token_rows: torch.Tensor | None = None
 
 
 class MultimodalLM(PreTrainedModel, GenerationMixin):
@@ -155,8 +154,10 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if image_slots is None:
             rows, columns = (input_ids == self.config.image_token_id).nonzero(as_tuple=True)
             if len(rows) != len(image_features) * length:
-                raise UserError(f"input_ids hold {len(rows)} <image> marks; {len(image_features)} images of {length} tokens need "
-                                f"{len(image_features) * length}.")
+                raise UserError(
+                    f"input_ids hold {len(rows)} <image> marks; {len(image_features)} images of {length} tokens need "
+                    f"{len(image_features) * length}."
+                )
         else:
             if len(image_slots) != len(image_features):
                 raise UserError(f"{len(image_slots)} image slots for {len(image_features)} images.")
@@ -229,7 +230,6 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             logits=output.logits,
             token_losses=token_losses,
             token_z=log_partition.square(),
-            token_rows=labelled.nonzero()[:, 0],
         )
 
     # transformers types its ids as LongTensor and its self as a protocol that no PreTrainedModel meets

@@ -1,0 +1,110 @@
+"""Reading a split at random: sample i in one or two reads, checked to be the sample that was indexed.
+
+The reader does not stream. The index says where each member lies, so that the order of samples can be any permutation (order.py)
+and a sample costs the same wherever it stands. Members are read when they are asked for: a document that waits to be packed has
+read its text and not its pictures.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+
+from configs.errors import UserError
+from data_pipelines.faults import Fault, SampleFault
+from data_pipelines.index import SplitIndex
+from data_pipelines.shards import MANIFEST, Manifest, index_path, shard_place
+from data_pipelines.storage import Access, ShardFile, open_file
+from data_pipelines.tar import BLOCK
+
+OPEN_FILES = 128
+"""Shards a process keeps open, the least recently used closed first: systems allow a thousand files or so, corpora have more."""
+
+
+class Members(Mapping[str, bytes]):
+    """A sample's members by extension, each read when it is asked for and compared with its index entry.
+
+    Raises SampleFault where the shard does not hold what was indexed, storage.ReadError where it cannot be read.
+    """
+
+    __slots__ = ("_entries", "_number", "_reader", "key", "shard")
+
+    def __init__(self, reader: SplitReader, number: int, shard: str, key: str, entries: dict[str, tuple[int, int, int]]) -> None:
+        self._reader, self._number, self.shard, self.key, self._entries = reader, number, shard, key, entries
+
+    def __getitem__(self, extension: str) -> bytes:
+        offset, size, check = self._entries[extension]
+        content = self._reader.file(self._number).read(offset - BLOCK, BLOCK + size)
+        if zlib.crc32(content[:BLOCK]) != check:
+            raise self.fault(f"{extension}: the shard does not hold here what it held when the corpus was prepared")
+        if len(content) != BLOCK + size:
+            missing = BLOCK + size - len(content)
+            raise self.fault(f"{extension}: the shard ends {missing:,} bytes too early")
+        return content[BLOCK:]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, extension: object) -> bool:
+        return extension in self._entries
+
+    def fault(self, reason: str) -> SampleFault:
+        """What is wrong with this sample, with its bytes in the shard."""
+        start = min(offset for offset, _, _ in self._entries.values()) - BLOCK
+        end = max(offset + size for offset, size, _ in self._entries.values())
+        return SampleFault(Fault(self._reader.source, self.shard, self.key, start, end, reason))
+
+
+class SplitReader:
+    """Random access to the samples of one split: `reader[i]` for 0 <= i < len(reader), in the order they were written."""
+
+    def __init__(self, folder: Path, manifest: Manifest, source: str, split: str, access: Access | None = None) -> None:
+        self.folder, self.source, self.access = folder, source, access or Access()
+        self.shards = manifest.split(source, split).shards
+        self.index = SplitIndex(index_path(folder, source, split))
+        said = [shard.samples for shard in self.shards]
+        if said != self.index.shards:
+            raise UserError(f"{self.index.path} does not belong to {folder / MANIFEST}. Prepare the corpus again (force=true).")
+        self._ends = list(accumulate(said))
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> Members:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = bisect.bisect_right(self._ends, number)
+        return Members(self, shard, self.shards[shard].file, self.index.key(number), self.index.members(number))
+
+    def __iter__(self) -> Iterator[Members]:
+        return (self[number] for number in range(len(self)))
+
+    def file(self, shard: int) -> ShardFile:
+        """The open file of a shard. Raises UserError when it is missing."""
+        if self._pid != os.getpid():  # after a fork: handles are not shared
+            self._files, self._pid = OrderedDict(), os.getpid()
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        opened = self._files[shard] = open_file(shard_place(self.folder, self.shards[shard].file), self.access)
+        if len(self._files) > OPEN_FILES:
+            self._files.popitem(last=False)[1].close()
+        return opened
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_files": OrderedDict()}
+
+
+def read_all(folder: Path, source: str, split: str) -> Iterator[Members]:
+    """Every sample of a split, in order."""
+    return iter(SplitReader(folder, Manifest.load(folder), source, split))
