@@ -22,7 +22,7 @@ class Image:
 
     @property
     def data(self) -> bytes:
-        """The encoded bytes; raises what reading them raises (reader.SampleFault, storage.ReadError)."""
+        """The encoded bytes; raises what reading them raises (faults.SampleFault, reader.ShardError)."""
         return self.source if isinstance(self.source, bytes) else self.source()
 
     def __eq__(self, other: object) -> bool:

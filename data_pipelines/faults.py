@@ -4,7 +4,7 @@
                                         and is counted in the lane's state  -> check_budgets
 
 A damaged sample is a property of the corpus's bytes: every run on the same bytes skips the same samples, whatever its ranks and
-workers, and a resumed run counts each of them once. A file that cannot be *read* just now is no fault but a storage.ReadError: it
+workers, and a resumed run counts each of them once. A file that cannot be *read* just now is no fault but a reader.ShardError: it
 stops the run, which goes on from its checkpoint, and never counts as a lost sample.
 """
 

@@ -15,6 +15,7 @@ segments.
 from __future__ import annotations
 
 import io
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +60,12 @@ def decode_rgb(data: bytes, name: str = "image") -> np.ndarray:
     try:
         return _decode_jpeg(data, name) if data.startswith(JPEG_START) else _decode_with_pillow(data, name)
     except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:  # Pillow's UnidentifiedImageError is an OSError
-        raise UserError(f"{name}: not a whole, decodable image ({error}).") from error
+        raise UserError(f"{name}: not a whole, decodable image ({reason(error)}).") from error
+
+
+def reason(error: Exception) -> str:
+    """Pillow's words, without the address in memory that it puts into them: the same damage has the same reason everywhere."""
+    return re.sub(r"identify image file <.*>", "identify its format", str(error))
 
 
 def _decode_jpeg(data: bytes, name: str) -> np.ndarray:

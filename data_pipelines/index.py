@@ -100,7 +100,7 @@ class SplitIndex:
             start = file.read(16)
             length = int.from_bytes(start[8:], "little")
             try:
-                if start[:8] != MAGIC or len(start) < 16:
+                if start[:8] != MAGIC or length > self.path.stat().st_size:
                     raise ValueError("it is no index")
                 header = json.loads(file.read(length))
                 if header["version"] != VERSION:

@@ -29,9 +29,8 @@ from data_pipelines.formats import read_document
 from data_pipelines.mixture import Balance, Mixture
 from data_pipelines.order import LaneOrder
 from data_pipelines.packing import Counts, EncodedDocument, Feed, PackedSequence, Packer, Piece, assemble, images_of
-from data_pipelines.reader import SplitReader
+from data_pipelines.reader import ShardError, SplitReader
 from data_pipelines.shards import Manifest
-from data_pipelines.storage import ReadError
 from data_pipelines.tokens import Encoder, image_token_id, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Source:
     def read(self, lane: int, place: int) -> EncodedDocument | Fault | None:
         """The document at a lane's place, ended by the end-of-text token; None where the order has a hole.
 
-        Raises storage.ReadError for a shard that cannot be read just now.
+        Raises ShardError where the shard is missing or cannot be read.
         """
         sample = self.order[lane, place]
         if sample is None:
@@ -85,7 +84,7 @@ class Source:
         origin = Origin(self.name, members.shard, members.key)
         try:
             document = read_document(self.format, members, origin)
-        except ReadError:
+        except ShardError:
             raise
         except SampleFault as error:
             return error.fault
@@ -223,7 +222,7 @@ class LaneStream:
         for piece, document in pieces:
             try:
                 decoded = [decode(image.data, image.name) for _, image in images_of(piece, document)]
-            except ReadError:
+            except ShardError:
                 raise
             except UserError as error:
                 source = self.sources[piece.source]

@@ -7,6 +7,7 @@ after every resume, and independent of how often anything else was drawn.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ def _mix_many(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
+_NOTHING: tuple[int, array[int]] = (0, array("q"))
+
+
 class LaneOrder:
     """The endless order in which the lanes of a run read a split of n samples: `order[lane, place]`.
 
@@ -97,25 +101,25 @@ class LaneOrder:
     """
 
     MIXED = 4
-    AHEAD = 128
+    AHEAD = 512
     """Places worked out at once."""
 
     def __init__(self, n: int, lanes: int, *key: object, block: int = 1) -> None:
         self.n, self.lanes, self.block, self._key = n, lanes, block, key
         self.blocks = -(-n // block)
         self._epochs: dict[int, Permutation] = {}
-        self._ahead: dict[int, tuple[int, list[int]]] = {}
+        self._ahead: dict[int, tuple[int, array[int]]] = {}
 
     def __getitem__(self, at: tuple[int, int]) -> int | None:
         """The sample at a lane's place 0, 1, 2, ...; None where the last block of an epoch has no sample left."""
         lane, place = at
-        start, found = self._ahead.get(lane, (0, []))
+        start, found = self._ahead.get(lane, _NOTHING)
         if not start <= place < start + len(found):
             start, found = self._ahead[lane] = place, self._samples(lane, place)
         sample = found[place - start]
         return sample if sample < self.n else None
 
-    def _samples(self, lane: int, place: int) -> list[int]:
+    def _samples(self, lane: int, place: int) -> array[int]:
         import numpy as np
 
         places = np.arange(place, place + self.AHEAD, dtype=np.int64)
@@ -131,8 +135,7 @@ class LaneOrder:
         for epoch in range(int(dealt.min() // self.blocks), int(dealt.max() // self.blocks) + 1):
             chosen = dealt // self.blocks == epoch
             blocks[chosen] = self._epoch(epoch).many(dealt[chosen] % self.blocks)
-        samples: list[int] = (blocks * self.block + inside).tolist()
-        return samples
+        return array("q", (blocks * self.block + inside).tobytes())
 
     def _epoch(self, epoch: int) -> Permutation:
         if epoch not in self._epochs:

@@ -26,10 +26,14 @@ OPEN_FILES = 128
 """Shards a process keeps open, the least recently used closed first: systems allow a thousand files or so, corpora have more."""
 
 
+class ShardError(UserError):
+    """A shard is missing or cannot be read: no fault of a sample, which would be skipped and counted, but the end of the run."""
+
+
 class Members(Mapping[str, bytes]):
     """A sample's members by extension, each read when it is asked for and compared with its index entry.
 
-    Raises SampleFault where the shard does not hold what was indexed, storage.ReadError where it cannot be read.
+    Raises SampleFault where the shard does not hold what was indexed, ShardError where it cannot be read at all.
     """
 
     __slots__ = ("_entries", "_number", "_reader", "key", "shard")
@@ -39,7 +43,10 @@ class Members(Mapping[str, bytes]):
 
     def __getitem__(self, extension: str) -> bytes:
         offset, size, check = self._entries[extension]
-        content = self._reader.file(self._number).read(offset - BLOCK, BLOCK + size)
+        try:
+            content = self._reader.file(self._number).read(offset - BLOCK, BLOCK + size)
+        except UserError as error:
+            raise ShardError(str(error)) from error
         if zlib.crc32(content[:BLOCK]) != check:
             raise self.fault(f"{extension}: the shard does not hold here what it held when the corpus was prepared")
         if len(content) != BLOCK + size:

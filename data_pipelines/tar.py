@@ -130,36 +130,57 @@ def grouped(key: str, run: list[Member]) -> Iterator[Sample | Damage]:
 
 
 def scan(file: ShardFile) -> Iterator[Member | Damage]:
-    """Every regular member of a tar that can still be found, and every region between them that is lost."""
+    """Every regular member of a tar that can still be found, and every region between them that is lost.
+
+    A member is believed when a header follows it and none stands inside it. Where bytes were lost in its body, or its size is
+    wrong, the next header is before its end; the scan then goes on there, and the member is a damage.
+    """
     total = file.size
     position, start, after_damage = 0, 0, False
+    held: Member | None = None
     long_name: str | None = None
     pax: dict[str, str] = {}
     while True:
-        if position + BLOCK > total:
-            left = f" ({total - position} bytes of a header are left)" if total > position else ""
-            yield Damage(min(position, total), total, f"truncated{left}: the two closing blocks of the tar are missing")
-            return
         header = file.read(position, BLOCK)
         parsed = parse(header)
         if parsed is None:
-            following = next_header(file, position + 1)
-            if following is None:
-                yield from ending(file, position, header)
-                return
-            reason = "empty blocks where a header should stand" if header == bytes(BLOCK) else "damaged header"
-            yield Damage(position, following, f"{reason}; {following - position} bytes are lost up to the next valid header")
+            following = next_header(file, held.offset if held else position + 1)
+            if held and following is not None and following < held.end:
+                reason = f"{printable(held.name)} lacks bytes: the next header stands {held.end - following} bytes too early"
+                yield Damage(held.start, following, reason, split_name(held.name)[0])
+            else:
+                yield from (held,) if held else ()
+                if following is None:
+                    yield from ending(file, position, header)
+                    return
+                reason = "empty blocks where a header should stand" if header == bytes(BLOCK) else "damaged header"
+                yield Damage(position, following, f"{reason}; {following - position} bytes are lost up to the next valid header")
             position = start = following
-            after_damage, long_name, pax = True, None, {}
+            held, after_damage, long_name, pax = None, True, None, {}
             continue
+        yield from (held,) if held else ()
+        held = None
         kind, size = parsed
         size = int(pax.get("size", size))
         body, name = position + BLOCK, pax.get("path") or long_name or short_name(header)
-        if body + size > total:
-            there = f"{printable(name)} has {size} bytes, {total - body} are there"
-            yield Damage(position, total, f"truncated: {there}", split_name(name)[0] if kind in REGULAR else None)
-            return
+        key = split_name(name)[0] if kind in REGULAR else None
         member = Member(name, start, body, size, zlib.crc32(header))
+        if body + size > total:
+            following = next_header(file, body)
+            there = f"{printable(name)} has {size} bytes, {total - body} are there"
+            yield Damage(start, total if following is None else following, f"truncated: {there}", key)
+            if following is None:
+                return
+            position = start = following
+            after_damage, long_name, pax = True, None, {}
+            continue
+        inside = header_inside(file, body, body + size) if kind in REGULAR else None
+        if inside is not None:
+            reason = f"{printable(name)} holds the header of another member: its own bytes are lost, or its size is wrong"
+            yield Damage(start, inside, reason, key)
+            position = start = inside
+            after_damage, long_name, pax = True, None, {}
+            continue
         if kind in (b"L", b"x"):
             described = extended(file, kind, body, size)
             if described is None:
@@ -170,24 +191,24 @@ def scan(file: ShardFile) -> Iterator[Member | Damage]:
             else:
                 pax = described
         else:
-            if kind in REGULAR:
-                yield from trusted(member, header, long_name is None and "path" not in pax, after_damage)
+            if kind in REGULAR and (doubt := untrusted(member, header, long_name is None and "path" not in pax, after_damage)):
+                yield Damage(start, member.end, doubt)
+            elif kind in REGULAR:
+                held = member
             elif kind not in (b"5", b"g", b"K"):  # of folders, global headers and names of links nothing is wanted
                 yield Damage(start, member.end, f"{printable(name)} is no regular file (type {kind!r}) and is not read")
             long_name, pax, start, after_damage = None, {}, member.end, False
         position = member.end
 
 
-def trusted(member: Member, header: bytes, short: bool, after_damage: bool) -> Iterator[Member | Damage]:
-    """The member, unless its name or its size cannot be believed."""
+def untrusted(member: Member, header: bytes, short: bool, after_damage: bool) -> str:
+    """Why the name or the size of a member cannot be believed, or ""."""
     if after_damage and short and 0 not in header[:100]:
         # The lost region may have held this member's long name; under a shortened one it could join a wrong sample.
-        reason = f"the name {printable(member.name)} may be cut short: what was lost before it may have held the rest"
-        yield Damage(member.start, member.end, reason)
-    elif member.size > MAX_MEMBER_BYTES:
-        yield Damage(member.start, member.end, f"{printable(member.name)} has {member.size:,} bytes; 4 GiB is the most")
-    else:
-        yield member
+        return f"the name {printable(member.name)} may be cut short: what was lost before it may have held the rest"
+    if member.size > MAX_MEMBER_BYTES:
+        return f"{printable(member.name)} has {member.size:,} bytes; 4 GiB is the most"
+    return ""
 
 
 def extended(file: ShardFile, kind: bytes, body: int, size: int) -> dict[str, str] | None:
@@ -214,6 +235,10 @@ def extended(file: ShardFile, kind: bytes, body: int, size: int) -> dict[str, st
 def ending(file: ShardFile, position: int, header: bytes) -> Iterator[Damage]:
     """What is wrong with the end of a shard, from the first block on after which no header follows."""
     total = file.size
+    if len(header) < BLOCK:
+        left = f" ({len(header)} bytes of a header are left)" if header else ""
+        yield Damage(min(position, total), total, f"truncated{left}: the two closing blocks of the tar are missing")
+        return
     closing = last_data(file, position)
     if header != bytes(BLOCK):
         yield Damage(position, closing, f"damaged header; no valid one follows, {closing - position} bytes are lost")
@@ -226,7 +251,9 @@ def ending(file: ShardFile, position: int, header: bytes) -> Iterator[Damage]:
 
 
 def parse(header: bytes) -> tuple[bytes, int] | None:
-    """(type, size) of a header block; None where its checksum or a number is wrong."""
+    """(type, size) of a header block; None where it is cut, or its checksum or a number is wrong."""
+    if len(header) < BLOCK:
+        return None
     size, checksum = number(header[124:136]), number(header[148:156])
     if size is None or checksum is None:
         return None
@@ -269,6 +296,18 @@ def next_header(file: ShardFile, start: int) -> int | None:
             if border == first:
                 border = next(borders, None)
         at += last + 1
+    return None
+
+
+def header_inside(file: ShardFile, start: int, end: int) -> int | None:
+    """Position of the first header with a magic in [start, end), where no member of a corpus has one."""
+    for at in range(start, end - BLOCK + 1, WINDOW):
+        window = file.read(at, min(WINDOW + BLOCK, end - at))
+        found = _magic(window, 0, len(window) - BLOCK)
+        while found is not None:
+            if is_header(window[found : found + BLOCK]):
+                return at + found
+            found = _magic(window, found + 1, len(window) - BLOCK)
     return None
 
 

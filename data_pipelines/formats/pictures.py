@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from configs.errors import UserError
-from data_pipelines.images import MAX_PIXELS, decode_rgb
+from data_pipelines.images import MAX_PIXELS, decode_rgb, reason
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 """Pillow's name of a format -> the extension its member gets; no other is written into shards."""
@@ -23,7 +23,7 @@ def header(data: bytes) -> tuple[str, int, int]:
         with PIL.Image.open(io.BytesIO(data)) as picture:
             found = (picture.format or "unknown", picture.width, picture.height)
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise PictureError(f"is no picture that can be decoded ({error})") from error
+        raise PictureError(f"is no picture that can be decoded ({reason(error)})") from error
     if found[1] * found[2] > MAX_PIXELS:
         raise PictureError(f"has {found[1] * found[2]:,} pixels; the cap is {MAX_PIXELS:,}")
     return found
