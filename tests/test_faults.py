@@ -42,9 +42,7 @@ def opened(corpus: Path, seed: int = 0, kinds: tuple[str, ...] = ("captions",), 
 def sequences(stream: LaneStream, steps: int, image_size: int = 8) -> Iterator[LaneSequence]:
     from data_pipelines.images import decode_image
 
-    return islice(
-        stream.lanes([0, 1, 2, 3], decode=lambda data, name: decode_image(data, image_size, name=name)), 4 * steps
-    )
+    return islice(stream.lanes([0, 1, 2, 3], decode=lambda data, name: decode_image(data, image_size, name=name)), 4 * steps)
 
 
 def delivered(items: list[LaneSequence]) -> Counter[str]:
@@ -116,7 +114,9 @@ def test_a_truncated_shard_keeps_what_is_left_of_it(corpus: Path, keep: int) -> 
     manifest = Manifest.load(corpus)
     shard = manifest.split("captions", "train").shards[1]
     reader = SplitReader(corpus, manifest, "captions", "train")
-    ends = {m.key: max(o + s for o, s, _ in reader.index.members(i).values()) for i, m in enumerate(reader) if m.shard == shard.file}
+    ends = {
+        m.key: max(o + s for o, s, _ in reader.index.members(i).values()) for i, m in enumerate(reader) if m.shard == shard.file
+    }
     path = corpus / shard.file
     path.write_bytes(path.read_bytes()[:keep])
     items = list(sequences(opened(corpus), 40))
@@ -364,7 +364,9 @@ def test_mutated_json_is_read_or_named(part: int) -> None:
         text = bytearray(json.dumps(rng.choice([page, mmc4])).encode())
         for _ in range(rng.choice([1, 1, 2, 8])):
             at = rng.randrange(len(text))
-            text[at : at + rng.choice([0, 1, 1, 4])] = rng.choice([b"", b"null", b"[", b"}", b'"', b"-1", b"1e999", b"\\ud800", b"\xff", b"{}"])
+            text[at : at + rng.choice([0, 1, 1, 4])] = rng.choice(
+                [b"", b"null", b"[", b"}", b'"', b"-1", b"1e999", b"\\ud800", b"\xff", b"{}"]
+            )
         members = {"json": bytes(text), "0.png": square("red")}
         for format in ("energon", "mmc4", "mint1t"):
             try:
@@ -380,7 +382,12 @@ def test_mutated_json_is_read_or_named(part: int) -> None:
 def test_numbers_of_headers_are_checked_before_they_are_believed() -> None:
     """A name of gigabytes, a size below zero, one beyond the end: each is a damage, and none makes the scan read or go backwards."""
     data, ranges, _ = caption_shard(3)
-    for kind, size in ((b"L", b"%011o\0" % 10**9), (b"x", b"%011o\0" % (1 << 20)), (b"0", b"\xff" * 12), (b"0", b"-0000000777\0")):
+    for kind, size in (
+        (b"L", b"%011o\0" % 10**9),
+        (b"x", b"%011o\0" % (1 << 20)),
+        (b"0", b"\xff" * 12),
+        (b"0", b"-0000000777\0"),
+    ):
         header = bytearray(data[ranges[1][0] : ranges[1][0] + 512])
         header[124:136], header[156:157] = size, kind
         header[148:156] = b"        "
@@ -415,7 +422,14 @@ def test_an_index_that_is_damaged_or_of_another_corpus_is_refused(corpus: Path, 
     path = index_path(corpus, "captions", "train")
     good = path.read_bytes()
     manifest = Manifest.load(corpus)
-    for content in (b"", b"nonsense", good[:40], good[:-64], good.replace(b'"version": 1', b'"version": 9'), b"mm1index" + struct.pack("<Q", 1 << 60)):
+    for content in (
+        b"",
+        b"nonsense",
+        good[:40],
+        good[:-64],
+        good.replace(b'"version": 1', b'"version": 9'),
+        b"mm1index" + struct.pack("<Q", 1 << 60),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"captions-train\.idx"):
             SplitReader(corpus, manifest, "captions", "train")
