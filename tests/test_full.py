@@ -33,7 +33,8 @@ from data_pipelines.corpora.pictures import DROPPED, NEW, TRAIN, VALIDATION, Pic
 from data_pipelines.debian import Tree
 from data_pipelines.document import Image, Origin
 from data_pipelines.formats import read_document
-from data_pipelines.shards import MANIFEST, Manifest, read_all
+from data_pipelines.reader import read_all
+from data_pipelines.shards import MANIFEST, Manifest
 
 FULL, STARTER = paths.corpus("full"), paths.corpus("starter")  # at import: later each test has a home of its own
 needs_full = pytest.mark.skipif(
@@ -494,7 +495,7 @@ def test_same_packages_give_same_shards_and_what_is_missing_is_said(
     assert full.prepare(TINY, tmp_path / "again" / "full", downloads).fingerprint == manifest.fingerprint
 
     check_stamps(folder)
-    texts = {split: {m["txt"] for _, _, m in read_all(folder, manifest.split("text", split))} for split in ("train", "val")}
+    texts = {split: {m["txt"] for m in read_all(folder, "text", split)} for split in ("train", "val")}
     assert len(texts["train"]) > len(texts["val"]) > 0
     assert not texts["train"] & texts["val"]
     assert manifest.split("interleaved", "train").samples > manifest.split("interleaved", "val").samples > 0
@@ -502,20 +503,19 @@ def test_same_packages_give_same_shards_and_what_is_missing_is_said(
 
 def check_stamps(folder: Path) -> None:
     """No training picture has a held-out sentence, or is a held-out picture."""
-    manifest = Manifest.load(folder)
-    captions = [members for _, _, members in read_all(folder, manifest.split("captions", "train"))]
+    captions = list(read_all(folder, "captions", "train"))
     phrases = {leaks.phrase(members["txt"].decode()) for members in captions}
     images = {members["webp"] for members in captions}
-    for _, _, members in read_all(folder, manifest.split("interleaved", "train")):
+    for members in read_all(folder, "interleaved", "train"):
         images |= {content for name, content in members.items() if name.endswith("webp")}
-    query = list(read_all(folder, manifest.split("captions_stamps", "query")))
+    query = list(read_all(folder, "captions_stamps", "query"))
     assert len(query) > 5
-    for _, _, members in query:
+    for members in query:
         sample = json.loads(members["json"])
         assert members["webp"] not in images
         assert not phrases & {leaks.phrase(reference) for reference in sample["references"]}
     for source in ("captions", "interleaved"):
-        for _, _, members in read_all(folder, manifest.split(source, "val")):
+        for members in read_all(folder, source, "val"):
             assert not images & {content for name, content in members.items() if name.endswith("webp")}
 
 
@@ -561,7 +561,7 @@ def test_full_is_of_the_promised_size_and_keeps_its_sides_apart() -> None:
     assert manifest.split("interleaved", "train").samples >= 5_000
     assert manifest.split("text", "train").characters <= 100_000_000
     check_stamps(FULL)
-    for _, _, members in read_all(FULL, manifest.split("interleaved", "val")):
+    for members in read_all(FULL, "interleaved", "val"):
         page = json.loads(members["json"])
         assert not re.search(r"Toggle Menu|Prev Tutorial|View page source", "".join(text or "" for text in page["texts"]))
 
