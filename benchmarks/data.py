@@ -3,8 +3,11 @@
     images_640, images_1024   JPEG of 640x480 and 1024x768 -> uint8 tensors of 336 px, images a second on one core
                               peer: WebDataset(...).decode("pil"), torchvision's bicubic Resize and PILToTensor
     text                      tar members -> documents, documents a second on one core; ours in random order, the peer in order
-    loader                    caption shards -> packed batches with 2 worker processes, images a second
+    loader                    caption shards -> packed batches with 2 worker processes, images a second, workers' start included
                               peer: the same decoding in a WebLoader of 2 workers, captions tokenised one by one and padded
+    startup                   10,000 shards in the manifest -> the first packed sequence, runs a second
+                              peer: webdataset with the same list of shards -> its first sample (one shard, no manifest)
+    memory                    resident MB of a process after epoch 1 over that after epoch 3 (1: flat), text and pictures; no peer
 
 The pictures are drawn here: noise of several scales, of about the size that a photograph has as JPEG at quality 90.
 """
@@ -12,8 +15,10 @@ The pictures are drawn here: noise of several scales, of about the size that a p
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,12 +29,12 @@ from benchmarks.report import Row, arguments, best_rate, print_rows
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.document import Origin
 from data_pipelines.formats import read_document
-from data_pipelines.images import decode_image
+from data_pipelines.images import decode_into
 from data_pipelines.lanes import LaneStream
 from data_pipelines.loader import PackedLoader
 from data_pipelines.order import LaneOrder
 from data_pipelines.reader import SplitReader
-from data_pipelines.shards import Manifest, SplitWriter
+from data_pipelines.shards import Manifest, Split, SplitWriter
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.tokens import load_tokenizer
 
@@ -86,7 +91,13 @@ def images(width: int, height: int, repeats: int) -> Row:
         reader = SplitReader(folder, Manifest.load(folder), "captions", "train")
         shards = [str(path) for path in sorted(folder.glob("*.tar"))]
         count = len(reader)
-        ours = best_rate(count, lambda: [decode_image(reader[i]["jpg"], SIZE) for i in range(count)], repeats)
+        squares = np.empty((count, SIZE, SIZE, 3), np.uint8)
+
+        def decode_all() -> None:
+            for i, square in enumerate(squares):
+                decode_into(reader[i]["jpg"], square)
+
+        ours = best_rate(count, decode_all, repeats)
         peer = best_rate(count, lambda: list(webdataset_images(shards)), repeats)
         limit = best_rate(count, lambda: [decode_jpeg(reader[i]["jpg"]) for i in range(count)], repeats)
     peer_name = "webdataset, PIL, torchvision"
@@ -163,11 +174,64 @@ def loader(repeats: int) -> Row:
     return Row("loader", ours, peer, ours / peer, limit, "images/s, 2 workers", peer_name, "JPEG decoding alone, 2 cores")
 
 
+def startup(repeats: int) -> Row:
+    """Ten thousand shards are one small file under ten thousand names: what counts is the manifest and the index."""
+    import webdataset
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        train_tokenizer(["a few words of text"] * 50, 300, folder / "tokenizer")
+        writer = SplitWriter(folder, "text", "train", format="text")
+        for number in range(100):
+            writer.write({"txt": f"document {number}: a few words of text"})
+        (shard,) = writer.close().shards
+        for number in range(10_000):
+            (folder / f"t-{number:05d}.tar").hardlink_to(folder / shard.file)
+        shards = [replace(shard, file=f"t-{number:05d}.tar") for number in range(10_000)]
+        Manifest(folder.name, "benchmark", {"text": {"train": Split("text", shards)}}, tokenizer="tokenizer").save(folder)
+        data = DataConfig(str(folder), {"text": SourceConfig("text", 1.0)})
+
+        def ours() -> None:
+            tokenizer = load_tokenizer(folder / "tokenizer")
+            stream = LaneStream(folder, data, PackingConfig(512, 16), tokenizer, image_tokens=9, global_batch=8, seed=0)
+            next(stream.lanes([0]))
+
+        def peer() -> None:
+            names = [str(folder / shard.file) for shard in shards]
+            next(iter(webdataset.WebDataset(names, shardshuffle=False, empty_check=False).decode().to_tuple("txt")))
+
+        rates = best_rate(1, ours, repeats), best_rate(1, peer, repeats)
+    name = "webdataset, one shard opened"
+    return Row("startup", *rates, rates[0] / rates[1], 0.5, "starts/s", name, "the goal: 2 seconds a start")
+
+
+def memory(repeats: int) -> Row:
+    """Both numbers are this process's resident size in MB: `peer` after the first epoch, `ours` after the third."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = caption_corpus(Path(temporary) / "captions", 160, 640, 480)
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        data = DataConfig(str(folder), {"captions": SourceConfig("captions", 1.0)})
+        stream = LaneStream(folder, data, PackingConfig(1024, 16), tokenizer, image_tokens=36, global_batch=4, seed=0)
+        resident: list[float] = []
+        seen = 0
+        for step in PackedLoader(stream, image_size=SIZE, micro_batch=4):
+            seen += sum(len(batch.images) for batch in step)
+            if seen >= 160 * (len(resident) + 1):
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                resident.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+            if len(resident) == 3:
+                break
+    name = "after epoch 1"
+    return Row("memory", resident[2], resident[0], resident[2] / resident[0], resident[0], "MB after epoch 3", name, "flat")
+
+
 CASES: dict[str, Callable[[int], Row]] = {
     "images_640": lambda repeats: images(640, 480, repeats),
     "images_1024": lambda repeats: images(1024, 768, repeats),
     "text": text,
     "loader": loader,
+    "startup": startup,
+    "memory": memory,
 }
 
 

@@ -6,10 +6,10 @@ The whole picture is kept: cropping would cut the objects that captions name. Tr
 orientation is not applied, as in the training of the public CLIP models. uint8 goes to the model, which normalises with its own
 tower's mean and deviation on its own device: a quarter of the bytes of float32, and one place where that can be right or wrong.
 
-JPEG is decoded by libjpeg-turbo and resized by torch's uint8 kernel, at most one grey level from Pillow's and several times as
-fast (`python -m benchmarks.data`). Decoding is strict: Pillow hands over the grey or garbled rest of a damaged JPEG as if nothing
-were wrong. Of libjpeg's complaints only those about perfect pictures are forgiven: a missing end marker, stray bytes between
-segments.
+JPEG is decoded by libjpeg-turbo and resized with the bits of torch's uint8 kernel (resize.py), at most one grey level from
+Pillow's and several times as fast (`python -m benchmarks.data`). Decoding is strict: Pillow hands over the grey or garbled rest
+of a damaged JPEG as if nothing were wrong. Of libjpeg's complaints only those about perfect pictures are forgiven: a missing end
+marker, stray bytes between segments.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from configs.errors import UserError
+from data_pipelines.resize import resize_into
 
 if TYPE_CHECKING:
     import torch
@@ -35,22 +36,40 @@ HARMLESS = ("extraneous bytes", "Invalid SOS parameters")
 def decode_image(data: bytes, size: int, *, name: str = "image") -> torch.Tensor:
     """Encoded image -> uint8 (3, size, size), RGB. Raises UserError naming the image when it is damaged, unknown or too large."""
     import torch
-    from torch.nn.functional import interpolate
 
+    square = np.empty((size, size, 3), np.uint8)
+    decode_into(data, square, name=name)
+    return torch.from_numpy(square).permute(2, 0, 1).contiguous()
+
+
+def decode_into(data: bytes, square: np.ndarray, *, name: str = "image") -> None:
+    """Encoded image -> `square`, uint8 (size, size, 3): the layout in which decoders and resizing leave it. Raises as above."""
     pixels = decode_rgb(data, name)
-    height, width = pixels.shape[:2]
+    size, (height, width) = len(square), pixels.shape[:2]
     scale = size / max(height, width)
     to = (max(1, round(height * scale)), max(1, round(width * scale)))
-    picture = torch.from_numpy(pixels).permute(2, 0, 1)
-    if to != (height, width):
-        # channels last, as the decoders leave it, is the layout of torch's fast kernel
-        picture = interpolate(picture[None], size=to, mode="bicubic", antialias=True)[0]
-    if to == (size, size):
-        return picture.contiguous()
-    square = torch.full((3, size, size), 255, dtype=torch.uint8)
+    if to != (size, size):
+        square.fill(255)
     top, left = (size - to[0]) // 2, (size - to[1]) // 2
-    square[:, top : top + to[0], left : left + to[1]] = picture
-    return square
+    window = square[top : top + to[0], left : left + to[1]]
+    if to == (height, width):
+        window[:] = pixels
+    else:
+        resize_into(pixels, window)
+
+
+class SquareDecoder:
+    """What lanes decode their pictures with (lanes.Decoder): squares of one size, many side by side in one array."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def allocate(self, count: int) -> np.ndarray:
+        """Room for `count` pictures, uint8 (count, size, size, 3)."""
+        return np.empty((count, self.size, self.size, 3), np.uint8)
+
+    def decode(self, data: bytes, name: str, square: np.ndarray) -> None:
+        decode_into(data, square, name=name)
 
 
 def decode_rgb(data: bytes, name: str = "image") -> np.ndarray:

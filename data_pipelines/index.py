@@ -37,6 +37,10 @@ ARRAYS: dict[str, Code] = {
 }
 
 
+Entries = dict[str, tuple[int, int, int]]
+"""extension -> (offset of the body, size, CRC of the header block)"""
+
+
 class IndexBuilder:
     """Collects samples shard by shard and writes the file."""
 
@@ -84,7 +88,7 @@ class IndexBuilder:
 
 
 class SplitIndex:
-    """The index of one split, opened lazily and once a process: `index.members(i)`, `index.key(i)` for 0 <= i < len(index)."""
+    """The index of one split, opened lazily and once a process: `index.sample(i)` for 0 <= i < len(index)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -133,16 +137,12 @@ class SplitIndex:
     def __len__(self) -> int:
         return sum(self.shards)
 
-    def members(self, number: int) -> dict[str, tuple[int, int, int]]:
-        """extension -> (offset of the body, size, CRC of the header block) of sample `number`."""
+    def sample(self, number: int) -> tuple[str, Entries]:
+        """Key and members of sample `number`."""
         views = self._views or self._open()
-        ends = views["member_ends"]
-        first, last = (ends[number - 1] if number else 0), ends[number]
+        ends, key_ends = views["member_ends"], views["key_ends"]
+        first, key_first = (ends[number - 1], key_ends[number - 1]) if number else (0, 0)
         offset, size, check, extension = views["offset"], views["size"], views["check"], views["extension"]
         names = self._extensions
-        return {names[extension[i]]: (offset[i], size[i], check[i]) for i in range(first, last)}
-
-    def key(self, number: int) -> str:
-        views = self._views or self._open()
-        ends = views["key_ends"]
-        return bytes(views["keys"][ends[number - 1] if number else 0 : ends[number]]).decode("utf-8", "surrogateescape")
+        entries = {names[extension[i]]: (offset[i], size[i], check[i]) for i in range(first, ends[number])}
+        return views["keys"][key_first : key_ends[number]].tobytes().decode("utf-8", "surrogateescape"), entries

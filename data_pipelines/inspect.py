@@ -88,8 +88,7 @@ def main(config: InspectConfig) -> None:
 def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
     """Counts of all sequences of the steps asked for, one tally a source, and views of the first ones."""
     stream, tokenizer = open_stream(config)
-    from data_pipelines.images import decode_image
-    from data_pipelines.loader import PackedLoader, stacked
+    from data_pipelines.loader import PackedLoader, TensorDecoder
     from data_pipelines.views import Tally, view
 
     tallies = [Tally(name, config.data.sources[name].kind, config.data.sources[name].ratio) for name in stream.names]
@@ -101,9 +100,10 @@ def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
         for fault in item.faults:
             print(f"left out: {fault}", file=sys.stderr)
         if len(views) < config.sequences:
-            size = config.image_encoder.image_size
-            pixels = stacked([decode_image(image.data, size, name=image.name) for image in item.sequence.images], size)
-            views.append(view(item, pixels, tokenizer, config.connector.num_tokens))
+            decoder, images = TensorDecoder(config.image_encoder.image_size, shared=False), item.sequence.images
+            for image, square in zip(images, decoder.allocate(len(images)), strict=True):
+                decoder.decode(image.data, image.name, square)
+            views.append(view(item, decoder.images(len(images)), tokenizer, config.connector.num_tokens))
     return tallies, views
 
 

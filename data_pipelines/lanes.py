@@ -14,10 +14,10 @@ piece with a picture that cannot be decoded from the sequence it was packed into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -36,8 +36,14 @@ from data_pipelines.tokens import Encoder, image_token_id, tokenizer_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Decode = Callable[[bytes, str], Any]
-"""(encoded image, its name) -> pixels; raises UserError for what is no picture."""
+
+class Decoder(Protocol):
+    """Turns the encoded images of a sequence into pixels, side by side in one array (images.SquareDecoder)."""
+
+    def allocate(self, count: int) -> np.ndarray: ...
+
+    def decode(self, data: bytes, name: str, square: np.ndarray) -> None:
+        """Raises UserError for what is no picture."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class LaneSequence:
     """Where all of it comes from; of a sequence that several sources share, their names joined by +."""
     sequence: PackedSequence
     state: dict[str, Any]
-    pixels: list[Any]
-    """Of each image of the sequence, where the stream decodes them."""
+    pixels: np.ndarray | None
+    """Of the images of the sequence, uint8 (n, size, size, 3), where the stream decodes them."""
     faults: list[Fault]
     """Found in this lane since the sequence before."""
 
@@ -187,11 +193,11 @@ class LaneStream:
         lanes: list[int],
         step: int = 0,
         states: Mapping[int, Mapping[str, Any]] | None = None,
-        decode: Decode | None = None,
+        decoder: Decoder | None = None,
     ) -> Iterator[LaneSequence]:
         """Endless: for each step from `step` on, one sequence a lane, in the order of `lanes`.
 
-        `states`: lane -> state as a checkpoint holds it; lanes without one start at the beginning. With `decode` the sequences
+        `states`: lane -> state as a checkpoint holds it; lanes without one start at the beginning. With `decoder` the sequences
         carry pixels and no encoded images, and pieces with an image that cannot be decoded are left out of them.
         """
         running = [Lane(number, self) for number in lanes]
@@ -203,9 +209,9 @@ class LaneStream:
             slots = [] if mixed else self.mixture.slots(step)
             for lane in running:
                 packer = lane.packers[0 if mixed else self.names.index(slots[lane.number])]
-                pieces, pixels, spoilt = self._decoded(lane, packer.pop(), decode)
+                pieces, pixels, spoilt = self._decoded(lane, packer.pop(), decoder)
                 sequence = assemble(pieces, self.packing, self.image_tokens, self.image_id, self.pad_id)
-                if decode is not None:
+                if decoder is not None:
                     sequence.images.clear()
                 held = sorted({piece.source for piece, _ in pieces})
                 source = "+".join(self.names[number] for number in held) if mixed else slots[lane.number]
@@ -213,15 +219,17 @@ class LaneStream:
             step += 1
 
     def _decoded(
-        self, lane: Lane, pieces: list[tuple[Piece, EncodedDocument]], decode: Decode | None
-    ) -> tuple[list[tuple[Piece, EncodedDocument]], list[Any], list[Fault]]:
+        self, lane: Lane, pieces: list[tuple[Piece, EncodedDocument]], decoder: Decoder | None
+    ) -> tuple[list[tuple[Piece, EncodedDocument]], np.ndarray | None, list[Fault]]:
         """Pieces whose pictures are all whole, the pixels of these, and what is wrong with the others."""
-        if decode is None:
-            return pieces, [], []
-        kept, pixels, faults = [], [], []
+        if decoder is None:
+            return pieces, None, []
+        pixels, done = decoder.allocate(sum(piece.images for piece, _ in pieces)), 0
+        kept, faults = [], []
         for piece, document in pieces:
             try:
-                decoded = [decode(image.data, image.name) for _, image in images_of(piece, document)]
+                for number, (_, image) in enumerate(images_of(piece, document), done):
+                    decoder.decode(image.data, image.name, pixels[number])
             except ShardError:
                 raise
             except UserError as error:
@@ -231,8 +239,8 @@ class LaneStream:
                 lane.feeds[piece.source].take_back(piece, document)
             else:
                 kept.append((piece, document))
-                pixels += decoded
-        return kept, pixels, faults
+                done += piece.images
+        return kept, pixels[:done], faults
 
 
 def totals(stream: LaneStream, states: Mapping[int, Mapping[str, Any]]) -> dict[str, Counts]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from configs.errors import UserError
 from data_pipelines.batch import KINDS, PackedBatch
 from data_pipelines.faults import Fault
-from data_pipelines.images import decode_image
+from data_pipelines.images import SquareDecoder
 from data_pipelines.lanes import LaneSequence, LaneStream
 
 
@@ -49,28 +50,42 @@ class _LaneDataset(IterableDataset):
         if worker is not None:
             die_with_parent()
             keep_freed_memory()
-        decode = None if self.image_size is None else partial(_decode, self.image_size)
+        decoder = None if self.image_size is None else TensorDecoder(self.image_size, shared=worker is not None)
         before: list[Fault] = []
         try:
-            for item in self.stream.lanes(lanes, self.step, self.states, decode):
+            for item in self.stream.lanes(lanes, self.step, self.states, decoder):
                 if item.step < self.first:
                     before += item.faults
                     continue
                 item.faults[:0], before = before, []
-                pixels = stacked(item.pixels, self.image_size or 0)
-                item.pixels.clear()
-                yield item, pixels
+                images = _NOT_DECODED if decoder is None or item.pixels is None else decoder.images(len(item.pixels))
+                yield replace(item, pixels=None), images
         except UserError as error:  # handed over as a value: raised in a worker it would arrive wrapped in a traceback
             yield error
 
 
-def _decode(image_size: int, data: bytes, name: str) -> torch.Tensor:
-    return decode_image(data, image_size, name=name)
+_NOT_DECODED = torch.empty(0, 3, 0, 0, dtype=torch.uint8)
 
 
-def stacked(pixels: list[torch.Tensor], image_size: int) -> torch.Tensor:
-    """uint8 (n, 3, image_size, image_size)"""
-    return torch.stack(pixels) if pixels else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+class TensorDecoder(SquareDecoder):
+    """Decodes into a tensor: with `shared` into memory that the trainer's process sees too, so that no picture is copied when
+    a sequence is handed over."""
+
+    def __init__(self, size: int, shared: bool) -> None:
+        super().__init__(size)
+        self.shared = shared
+        self._squares = torch.empty(0)
+
+    def allocate(self, count: int) -> np.ndarray:
+        shape = (count, self.size, self.size, 3)
+        self._squares = torch.empty(0 if self.shared else shape, dtype=torch.uint8)
+        if self.shared:
+            self._squares.set_(torch.UntypedStorage._new_shared(max(1, math.prod(shape))), 0, shape)  # type: ignore[call-overload]
+        return self._squares.numpy()
+
+    def images(self, count: int) -> torch.Tensor:
+        """The first `count` pictures of the last array, uint8 (count, 3, size, size): a view, channels last in memory."""
+        return self._squares[:count].permute(0, 3, 1, 2)
 
 
 def die_with_parent() -> None:

@@ -7,6 +7,7 @@ after every resume, and independent of how often anything else was drawn.
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,9 @@ def _mix(value: int) -> int:
 class Permutation:
     """A keyed permutation of range(n) that needs no memory: `permutation[i]` for any i in O(1).
 
-    A six-round balanced Feistel network on the smallest even number of bits that holds n, walked until it lands inside range(n)
-    (cycle walking; at most four steps on average).
+    A Feistel network of six rounds on pairs (left, right) of Z_a x Z_b, a = ceil(sqrt(n)), b = ceil(n / a), whose rounds add a
+    keyed hash of one half to the other. It is walked until it lands inside range(n) (cycle walking), nearly always at once,
+    since a * b exceeds n by less than a.
     """
 
     ROUNDS = 6
@@ -43,8 +45,8 @@ class Permutation:
         if n < 1:
             raise ValueError(f"a permutation needs at least one element, not {n}")
         self.n = n
-        self._half = max(1, ((n - 1).bit_length() + 1) // 2)
-        self._low = (1 << self._half) - 1
+        self._a = math.isqrt(n - 1) + 1
+        self._b = -(-n // self._a)
         self._keys = [_mix(key + round_) for round_ in range(self.ROUNDS)]
 
     def __len__(self) -> int:
@@ -54,10 +56,11 @@ class Permutation:
         if not 0 <= index < self.n:
             raise IndexError(index)
         while True:
-            left, right = index >> self._half, index & self._low
-            for key in self._keys:
-                left, right = right, left ^ (_mix(key ^ right) & self._low)
-            index = left << self._half | right
+            left, right = divmod(index, self._b)
+            for first, second in zip(self._keys[::2], self._keys[1::2], strict=True):
+                left = (left + (_mix(first ^ right) >> 1)) % self._a
+                right = (right + (_mix(second ^ left) >> 1)) % self._b
+            index = left * self._b + right
             if index < self.n:
                 return index
 
@@ -66,14 +69,15 @@ class Permutation:
         import numpy as np
 
         values = np.asarray(indices).astype(np.uint64)
-        half, low = np.uint64(self._half), np.uint64(self._low)
+        a, b, one = np.uint64(self._a), np.uint64(self._b), np.uint64(1)
         keys = np.array(self._keys, np.uint64)
         outside = np.arange(len(values))
         while len(outside):
-            left, right = values[outside] >> half, values[outside] & low
-            for key in keys:
-                left, right = right, left ^ (_mix_many(key ^ right) & low)
-            values[outside] = walked = left << half | right
+            left, right = np.divmod(values[outside], b)
+            for first, second in zip(keys[::2], keys[1::2], strict=True):
+                left = (left + (_mix_many(first ^ right) >> one)) % a
+                right = (right + (_mix_many(second ^ left) >> one)) % b
+            values[outside] = walked = left * b + right
             outside = outside[walked >= np.uint64(self.n)]
         return values.astype(np.int64)
 

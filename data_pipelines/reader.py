@@ -8,22 +8,20 @@ read its text and not its pictures.
 from __future__ import annotations
 
 import bisect
-import os
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 
 from configs.errors import UserError
 from data_pipelines.faults import Fault, SampleFault
-from data_pipelines.index import SplitIndex
+from data_pipelines.index import Entries, SplitIndex
 from data_pipelines.shards import MANIFEST, Manifest, index_path, shard_place
 from data_pipelines.storage import Access, ShardFile, open_file
 from data_pipelines.tar import BLOCK
 
 OPEN_FILES = 128
-"""Shards a process keeps open, the least recently used closed first: systems allow a thousand files or so, corpora have more."""
+"""Shards a reader keeps open, the first opened closed first: a process may have a thousand files or so, corpora have more."""
 
 
 class ShardError(UserError):
@@ -38,7 +36,7 @@ class Members(Mapping[str, bytes]):
 
     __slots__ = ("_entries", "_number", "_reader", "key", "shard")
 
-    def __init__(self, reader: SplitReader, number: int, shard: str, key: str, entries: dict[str, tuple[int, int, int]]) -> None:
+    def __init__(self, reader: SplitReader, number: int, shard: str, key: str, entries: Entries) -> None:
         self._reader, self._number, self.shard, self.key, self._entries = reader, number, shard, key, entries
 
     def __getitem__(self, extension: str) -> bytes:
@@ -81,35 +79,32 @@ class SplitReader:
         if said != self.index.shards:
             raise UserError(f"{self.index.path} does not belong to {folder / MANIFEST}. Prepare the corpus again (force=true).")
         self._ends = list(accumulate(said))
-        self._files: OrderedDict[int, ShardFile] = OrderedDict()
-        self._pid = os.getpid()
+        self._total = sum(said)
+        self._files: dict[int, ShardFile] = {}
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return self._total
 
     def __getitem__(self, number: int) -> Members:
-        if not 0 <= number < len(self):
+        if not 0 <= number < self._total:
             raise IndexError(number)
         shard = bisect.bisect_right(self._ends, number)
-        return Members(self, shard, self.shards[shard].file, self.index.key(number), self.index.members(number))
+        key, entries = self.index.sample(number)
+        return Members(self, shard, self.shards[shard].file, key, entries)
 
     def __iter__(self) -> Iterator[Members]:
         return (self[number] for number in range(len(self)))
 
     def file(self, shard: int) -> ShardFile:
         """The open file of a shard. Raises UserError when it is missing."""
-        if self._pid != os.getpid():  # after a fork: handles are not shared
-            self._files, self._pid = OrderedDict(), os.getpid()
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        opened = self._files[shard] = open_file(shard_place(self.folder, self.shards[shard].file), self.access)
-        if len(self._files) > OPEN_FILES:
-            self._files.popitem(last=False)[1].close()
-        return opened
+        if (file := self._files.get(shard)) is None:
+            file = self._files[shard] = open_file(shard_place(self.folder, self.shards[shard].file), self.access)
+            if len(self._files) > OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+        return file
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_files": OrderedDict()}
+        return self.__dict__ | {"_files": {}}
 
 
 def read_all(folder: Path, source: str, split: str) -> Iterator[Members]:

@@ -3,9 +3,9 @@
     open_file(path)  ->  LocalFile    os.pread
                      ->  RemoteFile   memory -> disk cache -> range request     (aligned chunks, data.access.chunk_mb)
 
-Three things can happen to a read, and they are kept apart. A hiccup (timeouts, 5xx, connections cut, short bodies, EIO) is retried
-with growing pauses; if it does not pass it is a ReadError, which says nothing about the data and never counts as damage. What
-only the user can mend (no such file, no access, no driver) is a UserError at once. A file that is no longer the one that was
+Three things can happen to a read, and they are kept apart. A hiccup (timeouts, 5xx, connections cut, short bodies, EIO) is
+retried with growing pauses; if it does not pass it is a ReadError, which says nothing about the data and never counts as damage.
+What only the user can mend (no such file, no access, no driver) is a UserError at once. A file that is no longer the one that was
 opened is a UserError too, so that a run never mixes two versions of a shard.
 
 fsspec (Read the Docs: "Using Async") makes filesystems that must not cross a fork; here each process makes its own at first use.
@@ -180,9 +180,7 @@ def matches(piece: str, access: Access = Access()) -> list[str]:
         return sorted(match for match in found if os.path.isfile(match))
     web = re.match("https?://", piece, re.IGNORECASE)
     if web and "*" in piece.partition("?")[0]:
-        raise UserError(
-            f"{shown(piece)}: a web server cannot list its files. Name them with braces, as in shard-{{000..127}}.tar."
-        )
+        raise UserError(f"{shown(piece)}: a web server cannot list files. Name them with braces, as in shard-{{000..127}}.tar.")
     if exists(piece, access):
         return [piece]
     if web or not glob.has_magic(piece):
@@ -265,29 +263,25 @@ def judge_local(name: str, error: Exception) -> UserError | None:
 
 
 def judge_remote(name: str, error: Exception) -> UserError | None:
-    """The UserError that an error of a remote request stands for; None: try again. Re-raises what is no error of access at all."""
+    """The UserError that an error of a remote request stands for; None: try again. Raises any other error again."""
     where, scheme = shown(name), REMOTE.match(name)[1].lower()  # type: ignore[index]
     kinds = " ".join(cls.__name__ for cls in type(error).__mro__)
     if isinstance(error, ImportError):
-        return UserError(
-            f"{where}: the driver for {scheme}:// is missing ({error}). Install it: pip install 'mm1-ablations[remote]'"
-        )
+        install = "pip install 'mm1-ablations[remote]'"
+        return UserError(f"{where}: the driver for {scheme}:// is missing ({error}). Install it: {install}")
     status = status_of(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{where}: no such file ({status or described(error)}). Correct the name, or bring the file there.")
     credentials = re.search("Credential|ProfileNotFound|DefaultCredentialsError|RefreshError|UnauthorizedSSOToken", kinds)
     if isinstance(error, PermissionError) or status in (401, 403) or (credentials and not getattr(error, "retryable", False)):
-        return UserError(
-            f"{where}: no access ({status or described(error)}). {ADVICE.get(scheme, ADVICE[''])} See docs/remote.md."
-        )
+        advice = ADVICE.get(scheme, ADVICE[""])
+        return UserError(f"{where}: no access ({status or described(error)}). {advice} See docs/remote.md.")
     if "CertificateError" in kinds or "SSLCertVerificationError" in kinds:
-        return UserError(
-            f"{where}: the server's certificate is not trusted ({described(error)}). Correct the endpoint, or SSL_CERT_FILE."
-        )
+        return UserError(f"{where}: its certificate is not trusted ({described(error)}). Correct the URL, or SSL_CERT_FILE.")
+    if status in (412, 416):
+        return changed(name, f"the server no longer has the bytes that were there ({status})")
     if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
-        return UserError(
-            f"{where}: the server refuses the request ({described(error)}). Correct the URL or the endpoint's settings."
-        )
+        return UserError(f"{where}: the request is refused ({described(error)}). Correct the URL or the endpoint.")
     if isinstance(error, IsADirectoryError):
         return UserError(f"{where}: it is a folder, not a file. Name the shards in it, as in {where.rstrip('/')}/*.tar.")
     if isinstance(error, _Hiccup | OSError | TimeoutError | EOFError):
@@ -303,19 +297,24 @@ def judge_remote(name: str, error: Exception) -> UserError | None:
 ADVICE = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, for another server FSSPEC_S3_ENDPOINT_URL, for public "
     "buckets FSSPEC_S3_ANON=true.",
-    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS or run gcloud auth application-default login; for public buckets FSSPEC_GS_TOKEN=anon.",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS or run gcloud auth application-default login, for public buckets set "
+    "FSSPEC_GS_TOKEN=anon.",
+    "gcs": "Set GOOGLE_APPLICATION_CREDENTIALS or run gcloud auth application-default login, for public buckets set "
+    "FSSPEC_GCS_TOKEN=anon.",
     "": "Give the credentials this server wants in fsspec's configuration (~/.config/fsspec or FSSPEC_<SCHEME>_<OPTION>).",
-} | {"gcs": "Set GOOGLE_APPLICATION_CREDENTIALS; for public buckets FSSPEC_GCS_TOKEN=anon."}
+}
 
 
 def status_of(error: BaseException | None) -> int | None:
     """The HTTP status behind an error: aiohttp and gcsfs carry it, s3fs has botocore's response in the error's cause."""
     while error is not None:
+        if type(error).__module__.startswith("aiohttp") and not hasattr(error, "request_info"):
+            return None  # aiohttp's parser says 400 of any answer that is cut short; the server did not
         answer = getattr(error, "response", None)
         data = answer.get("ResponseMetadata", {}) if isinstance(answer, dict) else {}
         for value in (getattr(error, "status", None), getattr(error, "code", None), data.get("HTTPStatusCode")):
-            if str(value).isdigit() and 100 <= int(value) < 600:  # gcsfs has it as text at times
-                return int(value)
+            if (text := str(value)).isdigit() and 100 <= int(text) < 600:  # gcsfs has it as text at times
+                return int(text)
         error = error.__cause__
     return None
 
@@ -357,6 +356,13 @@ class LocalFile:
         self._size = found.st_size
 
     def read(self, offset: int, size: int) -> bytes:
+        if self._handle is not None and offset >= 0 and size > 0:
+            try:  # what nearly every read is; whatever is unusual about another is found out below
+                found = os.pread(self._handle, size, offset)
+            except OSError:
+                found = b""
+            if len(found) == size:
+                return found
         if (size := extent(offset, size, self.size)) == 0:
             return b""
         return persist(self.name, self.access, lambda: self._read(offset, size), self.close)
@@ -395,9 +401,7 @@ def extent(offset: int, size: int, total: int) -> int:
 
 
 def changed(name: str, how: str) -> UserError:
-    return UserError(
-        f"{shown(name)} changed while it was in use: {how}. Restore the file, or prepare the corpus again and start anew."
-    )
+    return UserError(f"{shown(name)} changed while in use: {how}. Restore it, or prepare the corpus again and begin a new run.")
 
 
 # -------------------------------------------------------------------------------------------------------------- remote
@@ -585,7 +589,7 @@ class RemoteFile:
         async def request() -> Any:
             session = await fs.set_session()
             options = dict(fs.kwargs)
-            options["headers"] = dict(options.get("headers") or {}) | {"Accept-Encoding": "identity"} | headers
+            options["headers"] = dict(options.get("headers") or {}) | {"Accept-Encoding": "identity"} | dict(headers)
             options.setdefault("timeout", aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE))
             async with session.get(fs.encode_url(self.name), **options) as answer:
                 if answer.status not in (200, 206, 416):
@@ -596,7 +600,7 @@ class RemoteFile:
         return sync(fs.loop, request, timeout=PATIENCE)
 
     def _web_version(self) -> Version:
-        """Asked with a GET of one byte and not with HEAD: signed URLs allow only GET, and the answer shows whether Range works."""
+        """Asked with a GET of one byte and not with HEAD: signed URLs allow only GET, and the answer shows if Range works."""
 
         async def handle(answer: Any) -> Version:
             stamp = stamp_of(answer.headers)
@@ -617,10 +621,10 @@ class RemoteFile:
         if not self.cache.takes(self.size):
             raise UserError(
                 f"{shown(self.name)}: the server cannot send parts of a file, so that every read would fetch all of its "
-                f"{self.size / 1e9:.2f} GB, and the cache at {self.cache.folder} cannot keep it whole. Set data.access.cache_gb above "
-                f"that (it is {self.access.cache_gb:g}) on a disk with room, or copy the shards to this machine."
+                f"{self.size / 1e9:.2f} GB, and the cache at {self.cache.folder} cannot keep it whole. Set data.access.cache_gb "
+                f"above that (it is {self.access.cache_gb:g}) on a disk with room, or copy the shards to this machine."
             )
-        with self.cache.lock(self._key):  # one process fetches the file, the others find it in the cache
+        with self.cache.lock(f"{self._key}.lock"):  # one process fetches the file, the others find it in the cache
             kept = {number: self.cache.get(self._key, number, self._length(number), 0, self._length(number)) for number in run}
             if all(data is not None for data in kept.values()):
                 return {number: data for number, data in kept.items() if data is not None}
@@ -693,8 +697,8 @@ class Cache:
         <folder>/usage               bytes in use, eight of them, changed only under its lock
         <folder>/<key>/<number>      data, a digest of every BLOCK of it, a digest of those and of what chunk it is
 
-    A file appears in one move, complete. What does not verify is no file. Room is taken before anything is written, so that the sum
-    stays within `capacity` also with many writers; the folder is walked only when room runs out, and then a tenth of it is freed.
+    A file appears in one move, complete. What does not verify is no file. Room is taken before anything is written, so that the
+    sum stays within `capacity` also with many writers; the folder is walked only when room runs out, and a tenth of it is freed.
     """
 
     def __init__(self, folder: Path, capacity: int) -> None:
@@ -741,10 +745,11 @@ class Cache:
         if len(content) > self.capacity or self.folder in here().full:
             return
         path = self.folder / key / str(number)
-        partial = path.with_name(f"{number}.{os.getpid()}.partial")
+        partial = path.with_name(f"{number}.{os.urandom(6).hex()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = self._reserve(partial, len(content))
+            if (handle := self._reserve(partial, len(content))) is None:
+                return
             try:
                 view = memoryview(content)
                 while view:
@@ -765,16 +770,23 @@ class Cache:
                 file=sys.stderr,
             )
 
-    def _reserve(self, partial: Path, size: int) -> int:
-        """An empty file that counts `size` bytes from now on; makes room before. Returns its handle."""
+    def _reserve(self, partial: Path, size: int) -> int | None:
+        """A file that counts `size` bytes from now on; makes room before. Returns its handle, None where no room can be made."""
         with self.lock("usage") as usage:
             count = os.pread(usage, 8, 0)
             used = struct.unpack("<q", count)[0] if len(count) == 8 else -1
             if used < 0 or used + size > self.capacity:
                 used = self._evict(size)
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            os.ftruncate(handle, size)  # so that a walk by another process counts it in full
-            os.pwrite(usage, struct.pack("<q", used + size), 0)
+            if used + size > self.capacity:  # all of it is being written by others just now
+                os.pwrite(usage, struct.pack("<q", used), 0)
+                return None
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                os.ftruncate(handle, size)  # so that a walk by another process counts it in full
+                os.pwrite(usage, struct.pack("<q", used + size), 0)
+            except OSError:
+                os.close(handle)
+                raise
             return handle
 
     def _evict(self, size: int) -> int:
@@ -804,9 +816,7 @@ class Cache:
     def lock(self, name: str) -> Iterator[int]:
         """One process at a time; the kernel lets go when its holder dies. Yields the lock file's handle."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(
-            self.folder / (name if name == "usage" else f"{name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
-        )
+        handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle

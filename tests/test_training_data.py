@@ -34,7 +34,7 @@ def spoil(corpus: Path, source: str, numbers: list[int], extension: str = "png")
     keys = []
     for number in numbers:
         members = reader[number]
-        offset, size, _ = reader.index.members(number)[extension]
+        offset, size, _ = reader.index.sample(number)[1][extension]
         data = bytearray((corpus / members.shard).read_bytes())
         data[offset : offset + size] = b"\xff" * size
         (corpus / members.shard).write_bytes(data)

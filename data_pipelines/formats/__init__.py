@@ -10,6 +10,7 @@ sample of them at any time; rows have no random access and are converted first (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from configs.errors import UserError
@@ -53,7 +54,7 @@ def read_document(format: str, members: Mapping[str, bytes], origin: Origin) -> 
     """The sample as a document of strings and images. Raises UserError naming the sample when it does not follow its layout."""
     if format not in READERS:
         raise UserError(f"{origin}: unknown shard format {format!r}; known: {', '.join(sorted(READERS))}.")
-    return following(format, origin, lambda: READERS[format](members, origin))
+    return following(format, origin, partial(READERS[format], members, origin))
 
 
 def following(format: str, origin: Origin, read: Callable[[], Document]) -> Document:
