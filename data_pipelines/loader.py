@@ -173,6 +173,8 @@ class PackedLoader:
         while workers and share % workers:
             workers -= 1
         self.workers = workers
+        if workers:
+            keep_freed_memory()  # here as well: each step's pictures are put together in this process
         dataset = _LaneDataset(stream, lanes, image_size, step, states or {}, first)
         self._loader = DataLoader(
             dataset,
