@@ -1,5 +1,6 @@
 """A corpus of shards behind URLs is the same corpus: prepared, verified and streamed through a server that fails now and then."""
 
+# ruff: noqa: F811 (a fixture's name is both an import and an argument)
 from __future__ import annotations
 
 import json
@@ -36,11 +37,11 @@ def digests(folder: Path, access: Access, workers: int = 0, block: int = 1) -> l
 
 
 @pytest.fixture
-def web(shards: Path) -> Iterator[Server]:  # noqa: F811
+def web(shards: Path) -> Iterator[Server]:
     yield from serving(Server({path.name: path.read_bytes() for path in sorted(shards.glob("*.tar"))}))
 
 
-def remote(config: TarsConfig, place: str) -> TarsConfig:  # noqa: F811
+def remote(config: TarsConfig, place: str) -> TarsConfig:
     return replace(
         config,
         name="remote",
@@ -54,7 +55,7 @@ def remote(config: TarsConfig, place: str) -> TarsConfig:  # noqa: F811
 def test_shards_on_a_web_server_with_hiccups(
     config: TarsConfig,
     web: Server,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     here = prepare(config)
     web.faults = [*islice(cycle([fine, status(503), fine, status(500)]), 60)]
@@ -78,7 +79,7 @@ def test_shards_on_a_web_server_with_hiccups(
 def test_shards_in_a_bucket_whose_every_second_read_fails(
     config: TarsConfig,
     shards: Path,
-    bucket: tuple[Any, Any],  # noqa: F811
+    bucket: tuple[Any, Any],
 ) -> None:
     client, proxy = bucket
     client.create_bucket(Bucket="corpus")
