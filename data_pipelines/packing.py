@@ -182,19 +182,32 @@ class Packer:
             "single": lambda: [self._piece(self._full)],
         }[config.policy]
 
-    def state(self) -> list[list[int]]:
-        """JSON-able: the pieces that wait, each as the difference of its place to its feed's, its source and its tokens."""
-        return [
-            [value for p in sequence for value in (p.source, self.by_number[p.source].place - p.place, p.start, p.stop, p.images)]
-            for sequence in self.open
-        ]
+    def state(self) -> list[list[int | list[int]]]:
+        """JSON-able: the pieces that wait. A whole document is one number, how far its place is behind its feed's and which feed;
+        of a piece of one, its tokens and images follow. What a document holds is read again."""
 
-    def restore(self, state: list[list[int]]) -> None:
-        """After the feeds."""
-        self.open = []
-        for flat in state:
-            pieces = [flat[i : i + 5] for i in range(0, len(flat), 5)]
-            self.open.append([Piece(s, self.by_number[s].place - back, *rest) for s, back, *rest in pieces])
+        def coded(piece: Piece) -> int | list[int]:
+            feed = self.by_number[piece.source]
+            reference = (feed.place - piece.place) * len(self.feeds) + self.feeds.index(feed)
+            whole = piece.start == 0 and piece.stop == len(feed.document(piece.place).ids)
+            return reference if whole else [reference, piece.start, piece.stop, piece.images]
+
+        return [[coded(piece) for piece in sequence] for sequence in self.open]
+
+    def restore(self, state: Sequence[Sequence[int | list[int]]]) -> None:
+        """After the feeds. Raises UserError for a document that was good when the state was taken and is not any more."""
+
+        def decoded(code: int | list[int]) -> Piece:
+            reference, *cut = [code] if isinstance(code, int) else code
+            back, number = divmod(reference, len(self.feeds))
+            feed = self.feeds[number]
+            place = feed.place - back
+            if cut:
+                return Piece(feed.number, place, *cut)
+            document = feed.document(place)
+            return Piece(feed.number, place, 0, len(document.ids), len(document.starts))
+
+        self.open = [[decoded(code) for code in sequence] for sequence in state]
 
     def pop(self) -> list[tuple[Piece, EncodedDocument]]:
         """The next sequence, as pieces with their documents."""
