@@ -571,10 +571,10 @@ def test_importing_and_local_reading_need_no_driver(tmp_path: Path) -> None:
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec.registry
+    from fsspec.registry import _registry
 
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)  # a test before may have loaded the driver
+    monkeypatch.delitem(_registry, "s3", raising=False)  # a test before may have loaded the driver
     with pytest.raises(UserError, match=r"s3://.*pip install 'mm1-ablations\[remote\]'"):
         open_file("s3://bucket/a.tar", access()).read(0, 1)
     with pytest.raises(UserError, match="Protocol not known"):
