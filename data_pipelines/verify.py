@@ -30,7 +30,7 @@ from data_pipelines.formats.img2dataset import IMAGE_EXTENSIONS
 from data_pipelines.formats.pictures import PictureError, header
 from data_pipelines.images import decode_image
 from data_pipelines.shards import MANIFEST, Manifest, Shard, sha256_of, shard_place
-from data_pipelines.storage import ShardFile, is_remote, matches, open_file
+from data_pipelines.storage import MissingError, ShardFile, expand, is_remote, open_file
 from data_pipelines.tar import Damage, Sample, printable, read_members, samples
 
 TASK = "task"
@@ -212,26 +212,13 @@ def plan(arguments: Sequence[str], format: str | None, images: bool) -> list[Job
                         path = shard_place(corpus, shard.file)
                         jobs[path] = Job(path, content.format, source, split, shard, images)
             continue
-        for path in expand(argument):
+        try:
+            found = expand(argument)
+        except MissingError as error:
+            raise UserError(f"{error} Nor is there a corpus of that name.") from error
+        for path in found:
             jobs.setdefault(path, Job(path, format, images=images))
     return list(jobs.values())
-
-
-def expand(pattern: str) -> list[str]:
-    """Paths or URLs of all shards a pattern names: braces in their order, what * matches in sorted order."""
-    from braceexpand import braceexpand
-
-    try:
-        pieces = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{pattern}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
-    found: list[str] = []
-    for piece in pieces:
-        if not (files := matches(piece)):
-            part = f" ({piece})" if piece != pattern else ""
-            raise UserError(f"{pattern}{part}: no such shard, and no corpus of that name. Correct it, or bring the shards there.")
-        found += files
-    return found
 
 
 def corpus_faults(arguments: Sequence[str], reports: Sequence[Report]) -> list[Fault]:

@@ -173,9 +173,9 @@ def test_a_source_of_nothing_but_damage_stops_instead_of_running_for_ever(corpus
 def test_a_missing_shard_and_an_unreadable_one_are_no_damage(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    from data_pipelines import storage
+    from data_pipelines.storage import retry
 
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     real, failing = os.pread, [0]
 
     def pread(handle: int, size: int, offset: int) -> bytes:

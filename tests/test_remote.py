@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from data_pipelines import storage
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.corpora.config import TarsConfig
 from data_pipelines.lanes import LaneStream
@@ -20,9 +19,10 @@ from data_pipelines.loader import PackedLoader, digest
 from data_pipelines.prepare import prepare
 from data_pipelines.shards import Manifest
 from data_pipelines.storage import Access
+from data_pipelines.storage.process import forget
 from data_pipelines.tokens import load_tokenizer
 from data_pipelines.verify import main as verify
-from tests.test_storage import Server, bucket, fine, quick, serving, status  # noqa: F401 (fixtures)
+from tests.storage import Server, bucket, fine, quick, serving, status  # noqa: F401 (fixtures)
 from tests.test_tars import config, shards  # noqa: F401 (fixtures)
 
 SOURCES = ("captions", "interleaved", "text")
@@ -91,4 +91,4 @@ def test_shards_in_a_bucket_whose_every_second_read_fails(
     access = Access(chunk_mb=4096 / 2**20, retries=6)
     assert digests(there, access, workers=2) == digests(here, access)
     assert proxy.count > 10
-    storage.forget()
+    forget()
