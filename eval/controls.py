@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from configs.errors import UserError
 from eval.plan import derangement
-from eval.tasks.corpus import Pool, TaskData
 from eval.tasks.example import Example
+from eval.tasks.pool import Pool, TaskData
 
 IMAGES = {"true": None, "shuffled": "shuffled", "none": "none"}
 """The command's images=... -> the name of the control in the results."""

@@ -21,14 +21,15 @@ from omegaconf import MISSING
 from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
-from data_pipelines.shards import Manifest
 from eval.controls import IMAGES, Show, show_plainly, show_shuffled
 from eval.plan import make_plan
 from eval.prompts import PROMPTS, build_prompt, options
 from eval.results import REFERENCES_KEY, Results, render
-from eval.tasks.corpus import Pool, TaskData, read_tasks
 from eval.tasks.example import Example
+from eval.tasks.official.presence import check_images
+from eval.tasks.pool import Pool, TaskData
 from eval.tasks.settings import load_settings
+from eval.tasks.sources import read_sources, split_names
 
 SMALL_MODEL = 50_000_000
 """Parameters below which one CPU thread decodes fastest: a step's matrices are too small to share, and on a machine with other
@@ -44,7 +45,7 @@ class EvalConfig:
 
     run: str = MISSING
     tasks: list[str] | None = None
-    """Names of the corpus's tasks; null: all of them."""
+    """Names of the corpus's tasks; null: all of them. With `datasets`, of official ones too."""
     shots: list[int] = field(default_factory=lambda: [0, 4, 8])
     limit: int | None = 200
     """Queries a task, a fixed sample; null: every one."""
@@ -60,6 +61,10 @@ class EvalConfig:
     """On a CPU; null: one for models under SMALL_MODEL parameters, else torch's own choice."""
     task_corpus: str | None = None
     """A corpus (name or folder) whose tasks to evaluate in place of the run's own. Not `corpus`, which is a config group."""
+    datasets: str | None = None
+    """The folder of official files, one folder in it a dataset: docs/datasets.md."""
+    files: dict[str, Any] = field(default_factory=dict)
+    """Task -> what replaces parts of the `files:` in its YAML: +files.gqa.query.json.images=/data/gqa_images."""
     prompts: str | None = None
     """A set of eval/prompts.py in place of each task's own."""
     vqa_metric: str | None = None
@@ -135,16 +140,19 @@ def weights_fingerprint(export: Path) -> str:
 
 def prepare(config: EvalConfig) -> tuple[Target, Results]:
     """Everything up to the model: target, tasks, settings and plan. Raises UserError for all that can be wrong by then."""
-    target = resolve(config.run, config.task_corpus)
-    manifest = Manifest.load(target.corpus)
-    tasks = read_tasks(target.corpus, config.tasks)
+    _, own = split_names(config.tasks, config.datasets)
+    # official files alone need no corpus: the folder of datasets stands for it
+    target = resolve(config.run, config.task_corpus or (config.datasets if own == [] else None))
+    tasks, corpus, fingerprint = read_sources(
+        config.tasks, corpus=target.corpus, datasets=config.datasets, overrides=config.files, shots=max(config.shots, default=0)
+    )
     settings = {
         task.name: load_settings(task.name, task.kind, prompts=config.prompts, vqa_metric=config.vqa_metric) for task in tasks
     }
     plan = make_plan(
         tasks,
-        corpus=manifest.corpus,
-        corpus_fingerprint=manifest.fingerprint,
+        corpus=corpus,
+        corpus_fingerprint=fingerprint,
         shots=config.shots,
         limit=config.limit,
         seed=config.seed,
@@ -153,6 +161,7 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
     for task in tasks:
         if task.kind == "captioning" and len(plan.tasks[task.name].queries) < 2:
             raise UserError(f"Task {task.name}: CIDEr of fewer than 2 images is always 0. Raise limit=...")
+    check_images(tasks, plan, IMAGES[config.images])
     results = Results(
         target.results,
         plan,
@@ -260,6 +269,8 @@ def main(config: EvalConfig) -> None:
 
     run=NAME_OR_FOLDER    a run of mm1.train, or a save_pretrained folder (with task_corpus=NAME)
     tasks=[a,b]           of the run's corpus; default: all
+    datasets=FOLDER       tasks=[coco_karpathy,vqav2,...] are read from official files there (docs/datasets.md)
+    +files.TASK.query.json.images=PATH   where one of them lies instead
     shots=[0,4,8]         demonstrations before each query; k-shot is the beginning of more shots
     limit=200             queries a task, a fixed sample; null: every one
     images=true           shuffled or none: controls that show whether the model looks at its images

@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import Any
 
 from configs.errors import UserError
-from eval.tasks.corpus import TaskData
+from eval.tasks.pool import TaskData
 
 PLAN_VERSION = 1
 MODES = ("per_query", "fixed")
@@ -78,16 +78,17 @@ def draw(
 
     Raises UserError when the support does not hold `count` images other than the query's.
     """
-    available = len({image for name, image in support.items() if image != image_id and name != query})
-    if available < count:
-        raise UserError(
-            f"Task {task}: {count} shots want as many images besides the query's own; the support split has {available} for "
-            f"query {query!r}. Lower shots=..."
-        )
     chosen: list[str] = []
     shown = {image_id}
     rank = 0
     while len(chosen) < count:
+        if rank == 16 * (count + 1):  # too many draws: are there enough at all? Asking that of a large support takes long
+            available = len({image for name, image in support.items() if image != image_id and name != query})
+            if available < count:
+                raise UserError(
+                    f"Task {task}: {count} shots want as many images besides the query's own; the support split has {available} "
+                    f"for query {query!r}. Lower shots=..."
+                )
         name = order[keyed_hash(seed, task, query if mode == "per_query" else None, rank) % len(order)]
         rank += 1
         if name != query and support[name] not in shown:

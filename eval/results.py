@@ -26,7 +26,7 @@ from eval.metrics.cider import cider
 from eval.metrics.vqa import vqa_accuracy
 from eval.plan import Plan
 from eval.statistics import Estimate, clustered_mean, mean_over_tasks
-from eval.tasks.corpus import TaskData
+from eval.tasks.pool import TaskData
 from eval.tasks.settings import TaskSettings
 
 RESULTS_VERSION = 1

@@ -5,14 +5,13 @@
     binding     KEY.json {"id", "image_id", "names": [two], "answer", "query": member,
                           "demonstrations": [{"image": member, "name"}, ...]}                KEY.<member> ...
 
-Planning needs ids alone, so a `Pool` keeps each sample's JSON and reads images when an Example is asked for.
+Planning needs ids alone, so a `CorpusPool` keeps each sample's JSON and reads images when an Example is asked for.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from configs.errors import UserError
 from data_pipelines.reader import SplitReader
 from data_pipelines.shards import Manifest
 from eval.tasks.example import Example
+from eval.tasks.pool import TaskData
 
 _KEYS = {
     "captioning": ("id", "image_id", "references"),
@@ -30,7 +30,7 @@ _KEYS = {
 IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 
 
-class Pool:
+class CorpusPool:
     """The samples of one split of a task: `ids` in the order written, image ids, and Examples by id."""
 
     def __init__(self, folder: Path, manifest: Manifest, place: str, kind: str, task: str) -> None:
@@ -109,18 +109,6 @@ def _episode(record: dict[str, Any], members: Mapping[str, bytes], where: str) -
     return Example(name, str(record["image_id"]), image, None, (record["answer"],), tuple(record["names"]), shown)
 
 
-@dataclass
-class TaskData:
-    """A task ready to be planned: `support` is None where items bring their own demonstrations. `chance` in points (0 to
-    100)."""
-
-    name: str
-    kind: str
-    chance: float | None
-    queries: Pool
-    support: Pool | None
-
-
 def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskData]:
     """The corpus's tasks, all of them or those named. Raises UserError listing the known ones for a name it does not hold."""
     manifest = Manifest.load(folder)
@@ -137,9 +125,9 @@ def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskDat
         task = manifest.tasks[name]
         if task.kind not in _KEYS:
             raise UserError(f"{folder}: task {name!r} is of kind {task.kind!r}; this suite evaluates {', '.join(_KEYS)}.")
-        queries = Pool(folder, manifest, task.query, task.kind, name)
+        queries = CorpusPool(folder, manifest, task.query, task.kind, name)
         support = None
         if task.kind != "binding":
-            support = queries if task.support == task.query else Pool(folder, manifest, task.support, task.kind, name)
+            support = queries if task.support == task.query else CorpusPool(folder, manifest, task.support, task.kind, name)
         tasks.append(TaskData(name, task.kind, None if task.chance is None else 100 * task.chance, queries, support))
     return tasks

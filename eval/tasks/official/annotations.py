@@ -1,0 +1,81 @@
+"""Reading annotation files of hundreds of megabytes: parsed once, in compact form, with errors that name entry and key.
+
+VQAv2's training answers are 4.4 million objects of three keys; as Python dicts they are gigabytes. `json.load` takes a hook for
+each object as it is read, and `keep_text` lets only the one string that matters live.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import mmap
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+
+Hook = Callable[[dict[str, Any]], Any]
+
+
+def load(path: Path, hook: Hook | None = None) -> Any:
+    """The content of a JSON file. Raises UserError if it cannot be read or is damaged."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            text = str(content, "utf-8")  # type: ignore[call-overload]  # straight from the page cache: one copy, not two
+        with _without_garbage_collection():
+            return json.loads(text, object_hook=hook)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise UserError(f"{path}: no readable JSON ({error}). Bring the file again.") from error
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """A parser makes millions of objects and no cycles; looking for some doubles its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def keep_text(key: str) -> Hook:
+    """{key: text, ...} -> text, for the objects of an answer list; all others stay as they are. Answers repeat: each is kept
+    once."""
+
+    def hook(found: dict[str, Any]) -> Any:
+        text = found.get(key, found)
+        return sys.intern(text) if type(text) is str else text
+
+    return hook
+
+
+def entries(content: Any, path: Path, key: str | None, shape: str) -> list[Any]:
+    """The list under `key` of the file (None: the file is the list). Raises UserError for another shape."""
+    found = content if key is None else content.get(key) if isinstance(content, dict) else None
+    if isinstance(found, list):
+        return found
+    has = f"the keys {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    wanted = "a list" if key is None else f"a list under {key!r}"
+    raise UserError(f"{path}: holds {has}; {shape} hold {wanted}. Is it the official file of this task?")
+
+
+def columns(found: list[Any], path: Path, key: str, *wanted: str) -> list[Any]:
+    """The values of the `wanted` keys of each entry: a list of tuples, or of values for one key. Raises UserError naming the
+    first entry without one."""
+    try:
+        return list(map(itemgetter(*wanted), found))
+    except (KeyError, TypeError, IndexError):
+        for position, entry in enumerate(found):
+            lacks = [name for name in wanted if not isinstance(entry, dict) or name not in entry]
+            if lacks:
+                raise UserError(
+                    f"{path}: {key}[{position}] has no {', '.join(lacks)} (found {str(entry)[:200]}). Bring the official file "
+                    "again, or give the file of a split with public annotations."
+                ) from None
+        raise
