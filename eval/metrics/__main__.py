@@ -1,11 +1,16 @@
 """Score a file of predictions from the command line, without a model and without Java.
 
-    python -m eval.metrics captions --references refs.json --candidates cands.json
+    python -m eval.metrics captions --references refs.json --candidates cands.json [--metrics cider_d,bleu_4,rouge_l]
     python -m eval.metrics vqa --variant vqa_official --answers answers.json --predictions predictions.json
 
 refs.json: {id: [caption, ...]}, cands.json: {id: caption}, answers.json: {id: [answer, ...]}, predictions.json: {id: answer};
-or, for all four, a JSON list of one entry an item. JSON on stdout: {"metric", "corpus", "standard_error", "n", "items": {id:
-score}}, in the metric's own unit (CIDEr-D about 0 to 10, VQA accuracy 0 to 1).
+or, for all four, a JSON list of one entry an item. JSON on stdout, in the metric's own unit (CIDEr-D about 0 to 10, all others
+0 to 1):
+
+    one metric       {"metric", "n", "corpus", "standard_error", "items": {id: score}}
+    several          {"n", "metrics": {name: {"corpus", "standard_error", "items": {id: score}}}}
+
+docs/metrics.md says what each metric is.
 """
 
 from __future__ import annotations
@@ -17,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from eval.metrics.cider import cider
+from eval.metrics.captions import METRICS, Score, score_captions
 from eval.metrics.vqa import VARIANTS, vqa_accuracy
-from eval.statistics import clustered_mean
 
 
 def _read(path: Path, *, lists: bool) -> dict[str, Any]:
@@ -58,9 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m eval.metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    captions = kinds.add_parser("captions", help="CIDEr-D")
+    captions = kinds.add_parser("captions", help="CIDEr-D, BLEU, ROUGE-L; METEOR and SPICE with Java")
     captions.add_argument("--references", type=Path, required=True)
     captions.add_argument("--candidates", type=Path, required=True)
+    captions.add_argument("--metrics", default="cider_d", help=f"one or more, with commas between: {', '.join(METRICS)}")
     vqa = kinds.add_parser("vqa", help="VQA accuracy")
     vqa.add_argument("--variant", choices=list(VARIANTS), default="vqa_official")
     vqa.add_argument("--answers", type=Path, required=True)
@@ -81,15 +86,22 @@ def main(arguments: list[str] | None = None) -> int:
         if not ids:
             raise UserError(f"{truth_path} is empty.")
         if chosen.kind == "captions":
-            metric, scores = "cider_d", cider([given[i] for i in ids], [truth[i] for i in ids])
+            names = [name.strip() for name in chosen.metrics.split(",")]
+            scores = score_captions(names, [given[i] for i in ids], [truth[i] for i in ids])
         else:
-            metric, scores = chosen.variant, [vqa_accuracy(given[i], truth[i], chosen.variant) for i in ids]
+            scores = {chosen.variant: Score.mean([vqa_accuracy(given[i], truth[i], chosen.variant) for i in ids])}
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    estimate = clustered_mean(scores, ids)
-    report = {"metric": metric, "corpus": estimate.mean, "standard_error": estimate.se, "n": estimate.n}
-    json.dump(report | {"items": dict(zip(ids, scores, strict=True))}, sys.stdout, indent=1)
+    reports = {
+        name: {"corpus": score.corpus, "standard_error": score.standard_error, "items": dict(zip(ids, score.items, strict=True))}
+        for name, score in scores.items()
+    }
+    report: dict[str, Any] = {"n": len(ids), "metrics": reports}
+    if len(reports) == 1:
+        name, only = reports.popitem()
+        report = {"metric": name, "n": len(ids)} | only
+    json.dump(report, sys.stdout, indent=1)
     print()
     return 0
 

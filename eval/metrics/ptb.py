@@ -33,6 +33,7 @@ _ABBREVIATIONS = """
     Mich Minn Miss Mo Mont Neb Nev Okla Ore Pa Penn Tenn Tex Va Vt Wash Wis Wisc Wyo etc al vs seq
 """
 _DOTTED = "|".join(sorted(_ABBREVIATIONS.split(), key=len, reverse=True))
+_KEEPS_ITS_DOT = frozenset(_ABBREVIATIONS.split())
 
 _APOSTROPHES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
 
@@ -68,12 +69,27 @@ def _split(token: str) -> list[str]:
     return [lower]
 
 
+_PLAIN = re.compile(r"[A-Za-z\s]*\.?")
+"""Most captions: there a token is a word, and the scan below can be left out."""
+
+
 @lru_cache(maxsize=200_000)
 def tokenize(caption: str) -> tuple[str, ...]:
     """Caption -> its lower-case PTB tokens without punctuation.
 
     All Unicode white space counts as a space; the Java tool would take some of it for a line end and shift every later caption.
     """
+    if _PLAIN.fullmatch(caption):
+        words = caption.removesuffix(".").split()
+        if not (words and caption[-1] == "." and words[-1] in _KEEPS_ITS_DOT):
+            tokens = tuple(caption.removesuffix(".").lower().split())
+            if _TWO_WORDS.isdisjoint(tokens):
+                return tokens
+    return scan(caption)
+
+
+def scan(caption: str) -> tuple[str, ...]:
+    """The same by the whole set of rules, for any caption."""
     text = " ".join(caption.translate(_APOSTROPHES).split())
     tokens: list[str] = []
     for match in _TOKEN.finditer(text):

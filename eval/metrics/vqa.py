@@ -6,6 +6,14 @@
     vqa_always_norm   always normalised (OpenFlamingo, lmms-eval)
     textvqa_evalai    always normalised, by the EvalAI server's slightly different rules (TextVQA)
     min3              always normalised; min(1, matches / 3) over all answers, none left out
+    okvqa_raw         vqa_official, against the annotators' own words: the field `raw_answer` of OK-VQA's files
+    okvqa_stemmed     the same with every word of prediction and answers Porter-stemmed after normalising, as OK-VQA's paper
+                      (Marino et al. 2019) brings "dog" and "dogs" together; against either field
+    gqa_exact         exact match: 1 if the prediction is an answer, both in lower case without punctuation
+
+OK-VQA's files also hold stemmed answers (`answer`). Their rules had to be guessed from the two fields by others (OpenFlamingo: a
+tagger, WordNet and a list of exceptions); one published algorithm on both sides needs none of that. GQA gives one answer a
+question.
 
 Leaving one out goes by position. Going by equality drops every annotator who gave the same answer and biases the score low (a
 majority predictor on VizWiz gets 67.06 instead of 94.11). Scores lie in [0, 1].
@@ -14,10 +22,12 @@ majority predictor on VizWiz gets 67.06 instead of 94.11). Scores lie in [0, 1].
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from configs.errors import UserError
+from eval.metrics import porter
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -110,11 +120,34 @@ def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
     return (matches * min(1.0, (matches - 1) / 3) + (len(answers) - matches) * min(1.0, matches / 3)) / len(answers)
 
 
+def _normalised(prediction: str, answers: Sequence[str]) -> tuple[str, list[str]]:
+    """The official condition: as they stand, cleaned, where all annotators wrote the same; else normalised."""
+    cleaned = [clean(answer) for answer in answers]
+    if len(set(cleaned)) == 1:
+        return clean(prediction), cleaned
+    return normalise(prediction), [normalise(answer) for answer in cleaned]
+
+
 def _official(prediction: str, answers: Sequence[str]) -> float:
-    prediction, answers = clean(prediction), [clean(answer) for answer in answers]
-    if len(set(answers)) > 1:
-        prediction, answers = normalise(prediction), [normalise(answer) for answer in answers]
-    return leave_one_out(prediction, answers)
+    return leave_one_out(*_normalised(prediction, answers))
+
+
+def stem_words(text: str) -> str:
+    """Every word's Porter stem, in lower case, with single spaces between."""
+    return " ".join(map(porter.stem, text.split()))
+
+
+def _stemmed(prediction: str, answers: Sequence[str]) -> float:
+    prediction, answers = _normalised(prediction, answers)
+    return leave_one_out(stem_words(prediction), [stem_words(answer) for answer in answers])
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _exact(prediction: str, answers: Sequence[str]) -> float:
+    prediction, *answers = (" ".join(text.lower().translate(_NO_PUNCTUATION).split()) for text in (prediction, *answers))
+    return float(prediction in answers)
 
 
 def _always(prediction: str, answers: Sequence[str]) -> float:
@@ -135,6 +168,9 @@ VARIANTS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "vqa_always_norm": _always,
     "textvqa_evalai": _evalai,
     "min3": _min3,
+    "okvqa_raw": _official,
+    "okvqa_stemmed": _stemmed,
+    "gqa_exact": _exact,
 }
 
 
