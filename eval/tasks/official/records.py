@@ -91,7 +91,7 @@ class Side:
 @dataclass(frozen=True)
 class Records:
     """Columns of equal length, in the order of the files. `source`: the file that errors name; `questions`: None for captions;
-    `references`: each item's captions or answers."""
+    `references`: each item's captions or answers; `references_source`: their file, where it is another."""
 
     source: Path
     ids: list[str]
@@ -99,6 +99,7 @@ class Records:
     questions: list[str] | None
     references: list[list[str]]
     images: Images
+    references_source: Path | None = None
 
 
 class OfficialPool:
@@ -120,7 +121,8 @@ class OfficialPool:
         for name, references in zip(records.ids, records.references, strict=True):
             if not references or not all(isinstance(reference, str) for reference in references):
                 raise UserError(
-                    f"{where}: item {name!r} has the references {references!r}; it must have at least one, all of them strings. "
+                    f"Task {side.task}, {records.references_source or records.source}: item {name!r} has the references "
+                    f"{references!r}; it must have at least one, all of them strings. "
                     "Splits whose answers are not public cannot be scored here: give one that has them."
                 )
 

@@ -53,7 +53,7 @@ def questions_and_annotations(
     names = side.file_names(image_file, [image for _, image, _ in rows])
     folder = side.folder("images", images)
     ids = [str(number) for number, _, _ in rows]
-    return Records(path, ids, names, [row[2] for row in rows], references, FolderImages(folder, names))
+    return Records(path, ids, names, [row[2] for row in rows], references, FolderImages(folder, names), answers_path)
 
 
 def gqa(side: Side, *, annotations: str, images: str, image_file: str) -> Records:
