@@ -1,19 +1,29 @@
-"""Error bars for few-shot scores: clustered, paired, over tasks and over training seeds, in numpy alone.
+"""Error bars for few-shot scores: clustered, paired, over tasks, training seeds and demonstration seeds, in numpy alone.
 
 Every score here is a *per-item* score in points (0-100 for accuracies, 100 x CIDEr for captions), items come in clusters (the
 questions on one image share whatever makes that image hard), and every comparison is paired: two runs answered the same items.
 
-    mean of n items, G clusters    m = sum_i s_i / n,   u_g = sum_{i in g} (s_i - m)            (computed by eval/statistics.py)
-                                   SE^2 = G/(G-1) * sum_g u_g^2 / n^2        (Liang & Zeger 1986; one item a cluster: s^2 / n)
+    mean of n items, G clusters    eval/statistics.py: CR2 standard error, Satterthwaite degrees of freedom
     paired difference              the same of d_i = a_i - b_i
     mean over k tasks              equal weights, SE^2 = sum SE_t^2 / k^2    (tasks taken as independent)
-    several training seeds         items: SE of the per-item scores averaged over the S seeds; seeds: SD of the S means / sqrt(S);
-                                   kept apart, and total SE^2 = items^2 + seeds^2
-    interval, p-value              Student's t with G-1 degrees of freedom; sums of variances by Welch-Satterthwaite
-    smallest detectable difference (z_{1-alpha/2} + z_{power}) * sd * sqrt(2 (1 - rho) / n)
+    R repeats                      training seeds or demonstration seeds; items: SE of the per-item scores averaged over them;
+                                   repeats: SE^2 = Var(R means) / R - V, what is left when items answering differently from repeat
+                                   to repeat (V, which the item-level error holds already) is taken out; at least 0
+    total                          SE^2 = items^2 + seeds^2 + demonstrations^2
+    interval                       one source: mean +- t * SE; several: half-width^2 = sum of (t_{df} SE)^2 over the sources
+                                   (Zou & Donner 2008), given as the t of a total df
+    smallest detectable difference (t_{1-alpha/2, df} + t_{power, df}) * SE, with df = infinity where it is planned ahead
 
-The t interval and not the normal one, because small suites have few clusters, and there the normal interval is too short. The
-paired bootstrap (clusters drawn with replacement) makes no assumption of shape and serves as the check on it.
+Repeats are crossed with items (Searle, Casella & McCulloch 1992, chapter 4). Satterthwaite's df of the total would be too large
+whenever 3 seeds by chance agree: simulated coverage down to 92 %, against 94-97 % this way. Two seeds are too few for either
+(90 %). Training seeds of two runs are independent, and theirs do add by Satterthwaite; demonstration seeds are shared by all
+runs, so their spread is that of the paired difference.
+
+The paired bootstrap (clusters drawn with replacement) makes no assumption of shape and serves as the check on the t interval.
+Plain percentiles are too narrow for few clusters by what t_{G-1} exceeds the normal and by sqrt(G/(G-1)); they are widened
+by both (the expanded percentiles of Hesterberg 2015, section 4.3).
+
+Simulated (tests/test_statistics_coverage.py): 2,000 evaluations each, coverage of 95 % intervals within 93-97 %.
 """
 
 from __future__ import annotations
@@ -25,76 +35,41 @@ from statistics import NormalDist
 
 import numpy as np
 
+from ablations.student import t_df, t_quantile, t_two_sided
 from configs.errors import UserError
-from eval import statistics as item_statistics
+from eval.statistics import Array, Estimate, add_variances, average_tasks, cluster_numbers, clustered_mean
 
-Array = np.ndarray
+__all__ = [
+    "Combined",
+    "Difference",
+    "Estimate",
+    "Scores",
+    "Spread",
+    "add_variances",
+    "align",
+    "average_tasks",
+    "bootstrap_difference",
+    "bootstrap_draws",
+    "cluster_numbers",
+    "clustered_mean",
+    "combine",
+    "correlation",
+    "detectable_difference",
+    "detectable_from_se",
+    "difference",
+    "holm",
+    "paired_bootstrap",
+    "paired_difference",
+    "paired_estimate",
+    "spread",
+    "t_quantile",
+    "t_two_sided",
+    "total_error",
+]
 
+NORMAL = NormalDist()
 
-# ------------------------------------------------------------------------------------------------------- t distribution
-
-
-def t_two_sided(t: float, df: float) -> float:
-    """P(|T| >= |t|) for Student's t: the regularised incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2)."""
-    if math.isnan(t) or math.isnan(df):
-        return math.nan
-    if math.isinf(t):
-        return 0.0
-    if math.isinf(df):
-        return math.erfc(abs(t) / math.sqrt(2))
-    return _incomplete_beta(df / 2, 0.5, df / (df + t * t), 1 - df / (df + t * t))
-
-
-def t_quantile(probability: float, df: float) -> float:
-    """The value that Student's t stays below with `probability` (0.5 < probability < 1), by bisection to 1e-10."""
-    if math.isnan(df):
-        return math.nan
-    low, high = 0.0, 2.0
-    while t_two_sided(high, df) > 2 * (1 - probability):
-        high *= 2
-    while high - low > 1e-10 * max(1.0, high):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided(middle, df) > 2 * (1 - probability) else (low, middle)
-    return (low + high) / 2
-
-
-def _incomplete_beta(a: float, b: float, x: float, complement: float) -> float:
-    """I_x(a, b) by Lentz's continued fraction (DLMF 8.17.22); `complement` = 1 - x is handed over, lest rounding lose it."""
-    if x <= 0 or complement <= 0:
-        return 0.0 if x <= 0 else 1.0
-    if x > (a + 1) / (a + b + 2):
-        return 1 - _incomplete_beta(b, a, complement, x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(complement)) / a
-    tiny, fraction, c, d = 1e-300, 1.0, 1.0, 0.0
-    for step in range(400):
-        m = step // 2
-        if step == 0:
-            term = 1.0
-        elif step % 2 == 0:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1 + term * d
-        d = 1 / (d if abs(d) > tiny else tiny)
-        c = 1 + term / (c if abs(c) > tiny else tiny)
-        fraction *= c * d
-        if abs(1 - c * d) < 1e-14:
-            break
-    return front * (fraction - 1)
-
-
-# ------------------------------------------------------------------------------------------------------------ estimates
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its item-level standard error, both in points; `df` degrees of freedom, n items in `clusters` clusters."""
-
-    mean: float
-    se: float
-    df: float
-    n: int
-    clusters: int
+# --------------------------------------------------------------------------------------------------------------- scores
 
 
 @dataclass(frozen=True)
@@ -121,36 +96,6 @@ class Scores:
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.scores) == len(self.clusters):
             raise ValueError(f"{self.task}: {len(self.ids)} ids, {len(self.scores)} scores and {len(self.clusters)} clusters")
-
-
-def cluster_numbers(clusters: Sequence[str] | Array) -> tuple[Array, int]:
-    """(number of its cluster for each item, how many clusters there are)."""
-    names, numbers = np.unique(np.asarray(clusters), return_inverse=True)
-    return numbers.reshape(-1), len(names)
-
-
-def clustered_mean(scores: Array, clusters: Sequence[str] | Array) -> Estimate:
-    """Mean of n scores (points) and its SE, errors correlated inside clusters; with a single cluster the SE is nan: unknown."""
-    found = item_statistics.clustered_mean(np.asarray(scores, dtype=np.float64).tolist(), np.asarray(clusters).tolist())
-    if found.se is None:
-        return Estimate(found.mean, math.nan, math.nan, found.n, found.clusters)
-    return Estimate(found.mean, found.se, found.clusters - 1, found.n, found.clusters)
-
-
-def mean_over_tasks(estimates: Sequence[Estimate]) -> Estimate:
-    """Equal weights, SE = sqrt(sum SE^2) / k, degrees of freedom by Welch-Satterthwaite."""
-    k = len(estimates)
-    mean = sum(e.mean for e in estimates) / k
-    se, df = add_variances([(e.se / k, e.df) for e in estimates])
-    return Estimate(mean, se, df, sum(e.n for e in estimates), sum(e.clusters for e in estimates))
-
-
-def add_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Independent (standard error, degrees of freedom) pairs -> those of the sum: df = (sum SE^2)^2 / sum(SE^4 / df)."""
-    total = sum(se * se for se, _ in parts)
-    if total == 0:
-        return 0.0, min(df for _, df in parts)
-    return math.sqrt(total), total * total / sum(se**4 / df for se, df in parts if se != 0)
 
 
 # ---------------------------------------------------------------------------------------------------------- comparisons
@@ -193,9 +138,9 @@ def difference(value: float, se: float, df: float, confidence: float = 0.95) -> 
 
 
 def paired_difference(a: Scores, b: Scores, confidence: float = 0.95) -> Difference:
-    """a - b on one task, items matched by id: t interval and p-value with clusters - 1 degrees of freedom."""
+    """a - b on one task, items matched by id: t interval and p-value; nan where there is a single cluster."""
     estimate = paired_estimate(a, b)
-    return difference(estimate.mean, estimate.se, estimate.df, confidence)
+    return difference(estimate.mean, *estimate.error, confidence)
 
 
 def bootstrap_draws(values: Array, clusters: Sequence[str] | Array, draws: int = 10_000, seed: int = 0) -> Array:
@@ -212,19 +157,28 @@ def bootstrap_draws(values: Array, clusters: Sequence[str] | Array, draws: int =
     return np.concatenate(parts)
 
 
-def bootstrap_difference(value: float, draws: Array, confidence: float = 0.95) -> Difference:
-    """Percentile interval of draws of a difference; p = twice the smaller share on either side of 0, at least 2/(draws + 1)."""
-    tail = 100 * (1 - confidence) / 2
+def bootstrap_difference(value: float, draws: Array, df: float = math.inf, confidence: float = 0.95) -> Difference:
+    """A difference with the interval and p-value of its bootstrap draws, widened for `df` degrees of freedom (clusters - 1).
+
+    interval: percentiles at the normal tail of t_{df} * sqrt((df + 1) / df); p: the same turned round, from twice the smaller
+    share of draws on either side of 0 (at least 2/(draws + 1)). nan where `df` is: a single cluster cannot be resampled.
+    """
+    if math.isnan(df):
+        return Difference(value, math.nan, math.nan, math.nan, math.nan, df)
+    wider = math.sqrt((df + 1) / df) if math.isfinite(df) else 1.0
+    tail = 100 * NORMAL.cdf(-wider * t_quantile((1 + confidence) / 2, df))
     low, high = np.percentile(draws, [tail, 100 - tail])
     beyond = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
-    p = min(1.0, 2 * (beyond + 1) / (draws.size + 1))
-    return Difference(value, float(draws.std(ddof=1)), float(low), float(high), p, math.inf)
+    share = min(0.5, (beyond + 1) / (draws.size + 1))
+    p = t_two_sided(NORMAL.inv_cdf(share) / wider, df)
+    return Difference(value, float(draws.std(ddof=1)) * wider, float(low), float(high), p, df)
 
 
 def paired_bootstrap(a: Scores, b: Scores, draws: int = 10_000, seed: int = 0, confidence: float = 0.95) -> Difference:
     """a - b on one task by the paired cluster bootstrap."""
     deltas = np.asarray(a.scores) - align(a, b).scores
-    return bootstrap_difference(float(deltas.mean()), bootstrap_draws(deltas, a.clusters, draws, seed), confidence)
+    estimate = clustered_mean(deltas, a.clusters)
+    return bootstrap_difference(estimate.mean, bootstrap_draws(deltas, a.clusters, draws, seed), estimate.error[1], confidence)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -241,48 +195,85 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """What R repeats (training or demonstration seeds) add to the error of the mean: SE in points beyond what items hold already,
+    and R - 1 degrees of freedom."""
+
+    se: float
+    df: float
+
+
+def spread(repeats: Sequence[tuple[Array, Sequence[str] | Array]]) -> Spread | None:
+    """The spread of the mean over tasks; one pair a task: scores (R, n) in points, and the n items' clusters.
+
+    None with one repeat, where the spread cannot be known.
+    """
+    count = len(repeats[0][0])
+    if count < 2:
+        return None
+    means = np.mean([scores.mean(1) for scores, _ in repeats], axis=0)
+    by_items = 0.0
+    for scores, clusters in repeats:
+        left = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
+        numbers, groups = cluster_numbers(clusters)
+        if groups > 1:
+            sums = np.stack([np.bincount(numbers, row, groups) for row in left])
+            own = 1 - np.bincount(numbers, minlength=groups) / len(numbers)
+            by_items += float((sums**2 / own).sum()) / (len(numbers) ** 2 * count * (count - 1))
+    variance = float(np.var(means, ddof=1)) / count - by_items / len(repeats) ** 2
+    return Spread(math.sqrt(max(0.0, variance)), count - 1)
+
+
+@dataclass(frozen=True)
 class Combined:
-    """A mean whose two sources of error are kept apart; `se_seeds` is None with one training seed (item-level only)."""
+    """A mean whose sources of error are kept apart, in points; `se` is their total, `df` that of its t interval.
+
+    `se_seeds`, `se_demonstrations`: None with one training seed, one demonstration seed: then `se` holds nothing of them.
+    """
 
     mean: float
+    se: float
+    df: float
     se_items: float
     se_seeds: float | None
-    df: float
+    se_demonstrations: float | None
     n: int
     clusters: int
 
-    @property
-    def se(self) -> float:
-        return self.se_items if self.se_seeds is None else math.hypot(self.se_items, self.se_seeds)
 
+def combine(items: Estimate, *, seeds: Sequence[Spread | None] = (), demonstrations: Spread | None = None) -> Combined:
+    """`items`: from per-item scores averaged over all repeats; `seeds`: one spread for each run involved (two in a difference).
 
-def combine_seeds(items: Estimate, seed_means: Sequence[float]) -> Combined:
-    """`items`: the estimate from per-item scores averaged over the training seeds; `seed_means`: one mean a seed.
-
-    The total counts the item-by-seed interaction in both parts: slightly too wide, never too narrow.
+    If one run's seed spread is unknown, no seed error is added.
     """
-    return combine_items_and_seeds(items, seed_spread(seed_means))
+    known = [run for run in seeds if run is not None]
+    of_seeds = add_variances([(s.se, s.df) for s in known]) if known and len(known) == len(seeds) else None
+    of_demonstrations = (demonstrations.se, demonstrations.df) if demonstrations is not None else None
+    se, df = total_error([part for part in (items.error, of_seeds, of_demonstrations) if part is not None])
+    return Combined(
+        mean=items.mean,
+        se=se,
+        df=df,
+        se_items=items.error[0],
+        se_seeds=of_seeds[0] if of_seeds else None,
+        se_demonstrations=of_demonstrations[0] if of_demonstrations else None,
+        n=items.n,
+        clusters=items.clusters,
+    )
 
 
-def seed_spread(seed_means: Sequence[float]) -> tuple[float, float] | None:
-    """(SD of the means / sqrt(S), S - 1), or None with one seed, where the spread cannot be known."""
-    count = len(seed_means)
-    return None if count < 2 else (float(np.std(seed_means, ddof=1)) / math.sqrt(count), count - 1)
+def total_error(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(SE, df) of independent sources; with this df the 95 % t interval has half-width sqrt(sum (t_{df_i} SE_i)^2)."""
+    se = math.hypot(*(own for own, _ in parts))
+    counted = [(own, df) for own, df in parts if own != 0]
+    if math.isnan(se) or len(counted) < 2:
+        return se, counted[0][1] if len(counted) == 1 else parts[0][1]
+    return se, t_df(math.hypot(*(t_quantile(0.975, df) * own for own, df in counted)) / se, 0.975)
 
 
-def combine_items_and_seeds(items: Estimate, *spreads: tuple[float, float] | None) -> Combined:
-    """Item-level error and the seed error of every run involved; if one of them is unknown, the result is item-level only."""
-    known = [spread for spread in spreads if spread is not None]
-    if not known or len(known) < len(spreads):
-        return Combined(items.mean, items.se, None, items.df, items.n, items.clusters)
-    se_seeds, _ = add_variances(known)
-    _, df = add_variances([(items.se, items.df), *known])
-    return Combined(items.mean, items.se, se_seeds, df, items.n, items.clusters)
-
-
-def detectable_from_se(se: float, *, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true difference (points) that a two-sided test at `alpha` finds with probability `power`, given its SE."""
-    return (NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(power)) * se
+def detectable_from_se(se: float, *, df: float = math.inf, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true difference (points) that a two-sided t test at `alpha` finds with probability `power`, given its SE."""
+    return (t_quantile(1 - alpha / 2, df) + t_quantile(power, df)) * se
 
 
 def detectable_difference(sd: float, n: int, *, correlation: float = 0.0, power: float = 0.8, alpha: float = 0.05) -> float:
