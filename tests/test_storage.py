@@ -28,7 +28,10 @@ from data_pipelines.storage import (
     shown,
     size_of,
 )
+from data_pipelines.storage.local import LocalFile
 from data_pipelines.storage.process import here
+from data_pipelines.storage.remote import RemoteFile
+from data_pipelines.storage.web import WebFile
 from tests.storage import CHUNK, DATA, ROOMY, Server, access, in_a_child, places, quick, server  # noqa: F401 (fixtures)
 
 # ------------------------------------------------------------------------------------------------------------- any reads
@@ -67,6 +70,12 @@ def test_the_end_and_nothing(places: dict[str, str], server: Server) -> None:
 def test_names(tmp_path: Path) -> None:
     assert [is_remote(name) for name in ("s3://b/x", "HTTPS://h/x", "memory://x", "a+b://x")] == [True] * 4
     assert [is_remote(name) for name in ("file:///x", "/x", "x", "a:b", Path("s3://b/x"), "./s3://")] == [False] * 6
+    assert [type(open_file(name)) for name in ("Http://h/x", "HTTPS://h/x", "s3://b/x", "file:///x")] == [
+        WebFile,
+        WebFile,
+        RemoteFile,
+        LocalFile,
+    ]
     assert local_path("file:///a/b") == local_path("file://localhost/a/b") == Path("/a/b")
     assert shown("https://me:secret@h/x?X-Signature=y") == "https://...@h/x?..."
 
@@ -92,6 +101,8 @@ def test_sizes_and_presence(places: dict[str, str], server: Server, tmp_path: Pa
         ("chunk_mb", 5e3),
         ("retries", -1),
         ("cache_dir", "s3://x"),
+        ("cache_dir", "file:///x"),
+        ("cache_dir", ""),
     ],
 )
 def test_impossible_settings(key: str, value: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from configs.errors import UserError
 from data_pipelines.storage import ReadError, open_file, remote, web
 from data_pipelines.storage.process import here
-from tests.storage import CHUNK, DATA, Fault, Server, access, fine, quick, reset, server, short, slow, status  # noqa: F401 (fixtures)
+from tests.storage import CHUNK, DATA, Fault, Handler, Server, access, fine, quick, reset, server, short, slow, status  # noqa: F401 (fixtures)
 
 
 @pytest.mark.parametrize("fault", [status(500), status(503), status(429), reset, short], ids=["500", "503", "429", "cut", "few"])
@@ -110,6 +110,41 @@ def test_a_whole_file_instead_of_a_part_is_cut(server: Server) -> None:
     server.files["a.tar"] = DATA[:-1]
     with pytest.raises(UserError, match="changed while in use"):
         file.read(4 * CHUNK, 9)
+
+
+def of_no_length(body: bytes) -> Fault:
+    """The whole file instead of a part, by a server that does not say how much it sends."""
+
+    def fault(handler: Handler) -> bool:
+        handler.send_response(200)
+        handler.send_header("ETag", '"one"')
+        handler.send_header("Connection", "close")  # also sets handler.close_connection: the body ends where the connection does
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    return fault
+
+
+@pytest.mark.parametrize("body", [DATA[: 3 * CHUNK], DATA[:-1], DATA + b"more"], ids=["whole chunks too few", "short", "long"])
+def test_a_whole_file_of_another_size_is_a_hiccup(server: Server, body: bytes) -> None:
+    file = open_file(server.url(), access(cache_gb=0))
+    assert file.size
+    server.faults = [of_no_length(body)] * 2 + [of_no_length(DATA)]
+    assert file.read(0, 9) == DATA[:9]
+    assert len(server.asked) == 1 + 3
+
+
+def test_another_part_than_was_asked_for_is_a_hiccup(server: Server) -> None:
+    def elsewhere(handler: Handler) -> bool:
+        headers = {"Content-Range": f"bytes {CHUNK}-{2 * CHUNK - 1}/{len(DATA)}", "ETag": '"one"'}
+        handler.answer(206, headers, DATA[CHUNK : 2 * CHUNK])
+        return True
+
+    file = open_file(server.url(), access())
+    assert file.size
+    server.faults = [elsewhere]
+    assert file.read(0, 9) == DATA[:9]
 
 
 def test_neighbouring_chunks_come_in_one_request(server: Server) -> None:
