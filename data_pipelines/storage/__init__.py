@@ -95,7 +95,10 @@ def matches(piece: str, access: Access = DEFAULTS) -> list[str]:
 
 
 def expand(pattern: str, access: Access = DEFAULTS) -> list[str]:
-    """All files a pattern names: braces in their order, what * matches in sorted order. Raises UserError if any is not there."""
+    """All files a pattern names: braces in their order, what * matches in sorted order.
+
+    Raises MissingError for the first piece that names none, UserError for braces that cannot be read.
+    """
     from braceexpand import braceexpand
 
     try:
