@@ -135,12 +135,12 @@ def write_vqa(root: Path) -> None:
 
 
 def write_gqa(root: Path) -> None:
-    for split, images in (("train", ("2354786", "713270", "99")), ("testdev", ("n161313", "n578847", "n52"))):
+    for split, first, images in (("train", "07", ("2354786", "713270", "99")), ("testdev", "20", ("n161313", "n578847", "n52"))):
         asked = {
-            f"20{100 - n}": {
+            f"{first}{100 - n}": {
                 "semantic": [{"operation": "select", "dependencies": [], "argument": "scene"}],
                 "entailed": [],
-                "equivalent": [f"20{100 - n}"],
+                "equivalent": [f"{first}{100 - n}"],
                 "question": f"is {images[n % 3]} indoors?",
                 "imageId": images[n % 3],
                 "isBalanced": True,
