@@ -274,11 +274,11 @@ def test_seed_demonstration_and_item_variance_are_kept_apart() -> None:
     three = st.combine(items, seeds=[st.Spread(4, 2)], demonstrations=st.Spread(1, 4))
     assert (three.se_items, three.se_seeds, three.se_demonstrations) == (3, 4, 1)
     assert three.se == pytest.approx(math.sqrt(9 + 16 + 1))
-    half = math.hypot(3 * st.t_quantile(0.975, 99), 4 * st.t_quantile(0.975, 2), st.t_quantile(0.975, 4))
+    half = math.hypot(3 * st.t_quantile(0.975, 99), math.sqrt(17) * st.t_quantile(0.975, 17**2 / (4**4 / 2 + 1 / 4)))
     assert st.t_quantile(0.975, three.df) * three.se == pytest.approx(half)
     assert st.combine(items, seeds=[st.Spread(1, 2), None]).se_seeds is None, "one single seed leaves it item-level"
-    two = st.combine(items, seeds=[st.Spread(3, 2), st.Spread(4, 2)])
-    assert two.se_seeds == 5
+    assert st.combine(items, seeds=[st.Spread(3, 2), st.Spread(4, 2)]).se_seeds == 5
+    assert st.combine(items, seeds=[st.Spread(5, 2, by_items=9)]).se_seeds == 4, "what items hold already is left out"
     assert st.spread([(np.zeros((1, 5)), list("abcde"))]) is None
     assert st.combine(items, seeds=[st.Spread(0, 2)]).df == 99, "seeds that agree add nothing"
 
@@ -292,10 +292,11 @@ def test_the_spread_is_the_variance_component_of_the_repeats() -> None:
     residual = float((left**2).sum()) / (3 * 29)
     found = st.spread([(scores, np.arange(30))])
     assert found is not None
-    assert found.se**2 == pytest.approx((between - residual) / (4 * 30))
+    assert found.raw**2 - found.by_items == pytest.approx((between - residual) / (4 * 30))
     assert found.df == 3
     constant = st.spread([(scores - scores.mean(1, keepdims=True), np.arange(30))])
-    assert constant == st.Spread(0, 3), "repeats whose means agree more than their items let expect show nothing of their own"
+    assert constant is not None
+    assert constant.se == 0, "repeats whose means agree more than their items let expect show nothing of their own"
     two_tasks = st.spread([(scores, np.arange(30))] * 2)
     assert two_tasks is not None
     assert two_tasks.se > found.se, "a seed that is good at both tasks counts whole, its chance errors on items by half"
