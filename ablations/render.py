@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ablations.cells import Block, Cell, Resources, Row, Table
 
 CSV_COLUMNS = [
-    "task", "metric", "chance", "variant", "control", "seeds", "shots", "value", "se", "se_items", "se_seeds", "n", "clusters",
+    "task", "metric", "chance", "variant", "control", "seeds", "shots", "value", "se", "se_items", "se_seeds",
+    "se_demonstrations", "n", "clusters",
     "compared_with", "difference", "difference_se", "ci_low", "ci_high", "p", "p_holm", "significant",
     "difference_error", "matched",
     "parameters_image_encoder", "parameters_connector", "parameters_decoder", "parameters_total", "parameters_trainable",
@@ -53,8 +54,9 @@ def _label(row: Row) -> str:
 
 
 def _value(cell: Cell) -> str:
-    seeds = f" (s {cell.score.se_seeds:.1f})" if cell.score.se_seeds is not None else ""
-    return f"{cell.score.mean:.1f} ± {_number(cell.score.se)}{seeds}"
+    parts = (("s", cell.score.se_seeds), ("d", cell.score.se_demonstrations))
+    kept_apart = ", ".join(f"{sign} {value:.1f}" for sign, value in parts if value is not None)
+    return f"{cell.score.mean:.1f} ± {_number(cell.score.se)}" + (f" ({kept_apart})" if kept_apart else "")
 
 
 def _number(value: float) -> str:
@@ -159,6 +161,7 @@ def _csv_line(table: Table, block: Block, row: Row, shots: int, cell: Cell, r: R
         "se": cell.score.se,
         "se_items": cell.score.se_items,
         "se_seeds": cell.score.se_seeds,
+        "se_demonstrations": cell.score.se_demonstrations,
         "n": cell.score.n,
         "clusters": cell.score.clusters,
         "compared_with": None if d is None else row.label if row.control else table.resources[0].label,

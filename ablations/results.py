@@ -5,8 +5,12 @@
         run.json                         what the run was and what it consumed; version 1
         metrics.jsonl                    one object a logged step
         results/<evaluation>/
+            plan.json                    which items met which demonstrations, and the weights that answered
             summary.json                 plan, control, and per task and number of shots: mean, SE, items, clusters; version 1
             <task>.<shots>.jsonl         one object an item: id, cluster, score (points), prediction, ...
+
+Evaluations of a run that differ in nothing but their demonstration seed are one `Evaluation` with `repeats`: the same items after
+other demonstrations.
 
 Nothing half-written is used: a line that does not parse, another number of items than the summary says, or items whose mean is
 not the summary's, is a UserError that names the file and the command that mends it.
@@ -14,10 +18,11 @@ not the summary's, is a UserError that names the file and the command that mends
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +58,11 @@ class TaskSummary:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of one run. `plan`: fingerprint of which items meet which demonstrations; `control`: e.g. "shuffled"."""
+    """One evaluation of one run. `plan`: fingerprint of which items meet which demonstrations; `control`: e.g. "shuffled".
+
+    `items_plan`: fingerprint of the plan without its demonstration seed; empty where there is no plan.json. `repeats`: by
+    demonstration seed, the same evaluation after other demonstrations, this one included; empty where there is none.
+    """
 
     folder: Path
     run_name: str
@@ -63,15 +72,40 @@ class Evaluation:
     seed: int
     tasks: dict[str, TaskSummary]
     settings: str = ""
+    items_plan: str = ""
+    demonstration_seed: int = 0
+    weights: str = ""
+    repeats: dict[int, Evaluation] = field(default_factory=dict, repr=False)
 
     @property
     def protocol(self) -> str:
-        """What two evaluations must share to be compared: the plan, metrics, prompts and number format."""
-        return " ".join([self.plan[:16], self.settings]).strip()
+        """What two evaluations must share to be compared: the plan but for its demonstration seed, metrics, prompts and number
+        format."""
+        return " ".join([(self.items_plan or self.plan)[:16], self.settings]).strip()
+
+    def named(self, beginning: str) -> Evaluation | None:
+        """This evaluation if its plan's or its folder's name begins so; of one with repeats the repeat that does, alone."""
+        if self.items_plan.startswith(beginning):
+            return self
+        members = list(self.repeats.values()) or [self]
+        return next((e for e in members if e.plan.startswith(beginning) or e.hash.startswith(beginning)), None)
+
+    def of_seed(self, seed: int) -> Evaluation:
+        """The evaluation with demonstrations of this seed; KeyError if there is none."""
+        return self.repeats[seed] if self.repeats else {self.demonstration_seed: self}[seed]
+
+    @property
+    def demonstration_seeds(self) -> list[int]:
+        return sorted(self.repeats) or [self.demonstration_seed]
 
     @property
     def hash(self) -> str:
         return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """The run's name, as a command takes it."""
+        return f"{self.run_name}-{self.run_hash[:8]}"
 
     @property
     def shots(self) -> list[int]:
@@ -103,7 +137,7 @@ class Evaluation:
 
     @property
     def remedy(self) -> str:
-        return f"delete {self.folder} and evaluate again: python -m eval.fewshot run={self.run_name}-{self.run_hash[:8]}"
+        return f"delete {self.folder} and evaluate again: python -m eval.fewshot run={self.label}"
 
 
 @dataclass(frozen=True)
@@ -131,8 +165,9 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Every finished evaluation under results/; one still being written (no summary.json yet) is not among them."""
-        return [read_evaluation(path.parent, self) for path in sorted(self.folder.glob("results/*/summary.json"))]
+        """Every finished evaluation under results/, those of several demonstration seeds as one; one still being written (no
+        summary.json yet) is not among them."""
+        return _with_repeats([read_evaluation(path.parent, self) for path in sorted(self.folder.glob("results/*/summary.json"))])
 
     @property
     def label(self) -> str:
@@ -236,6 +271,7 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
     path = folder / "summary.json"
     remedy = f"delete {folder} and evaluate again: python -m eval.fewshot run={run.label}"
     raw = _read_object(path, remedy)
+    items_plan, demonstration_seed, weights = _plan(folder / "plan.json", int(raw.get("seed", 0)), remedy)
     try:
         if raw["run"]["hash"] != run.hash:
             raise UserError(f"{path}: results of run {raw['run']['hash']}, but they lie in the folder of {run.hash}; {remedy}")
@@ -247,6 +283,9 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
             control=raw["control"],
             seed=int(raw["seed"]),
             settings=_settings(raw),
+            items_plan=items_plan,
+            demonstration_seed=demonstration_seed,
+            weights=weights,
             tasks={
                 name: TaskSummary(
                     metric=task["metric"],
@@ -264,6 +303,41 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
+
+
+def _plan(path: Path, seed: int, remedy: str) -> tuple[str, int, str]:
+    """(fingerprint of the plan without what the demonstration seed decides, that seed, weights); no file: ("", seed, "")."""
+    if not path.is_file():
+        return "", seed, ""
+    raw = _read_object(path, remedy)
+    try:
+        plan = dict(raw["plan"])
+        drawn = plan.pop("demonstration_seed", None)
+        plan.pop("corpus")  # a copy under another name is the same corpus
+        plan["tasks"] = {name: task["queries"] for name, task in plan["tasks"].items()}
+        digest = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return digest, int(plan["seed"] if drawn is None else drawn), str(raw["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
+
+
+def _with_repeats(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Evaluations of one run, those that share all but their demonstration seed as one: the one of the lowest seed, with repeats.
+
+    Where one seed was evaluated twice (say, with other decoding) nothing is taken for a repeat.
+    """
+    families: dict[tuple[object, ...], list[Evaluation]] = {}
+    for e in evaluations:
+        key: tuple[object, ...] = (e.protocol, e.control, e.weights) if e.items_plan else (e.folder,)
+        families.setdefault(key, []).append(e)
+    found = []
+    for members in families.values():
+        by_seed = {e.demonstration_seed: e for e in sorted(members, key=lambda e: e.demonstration_seed)}
+        if len(members) == 1 or len(by_seed) < len(members):
+            found += members
+        else:
+            found.append(replace(next(iter(by_seed.values())), repeats=by_seed))
+    return found
 
 
 def _settings(raw: dict[str, Any]) -> str:

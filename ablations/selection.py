@@ -69,11 +69,8 @@ def select(
 
 
 def _plain(run: Run, evaluation: str | None) -> list[Evaluation]:
-    return [
-        e
-        for e in run.evaluations
-        if e.control is None and (not evaluation or e.hash.startswith(evaluation) or e.plan.startswith(evaluation))
-    ]
+    plain = [e for e in run.evaluations if e.control is None]
+    return plain if not evaluation else [found for e in plain if (found := e.named(evaluation)) is not None]
 
 
 def _one_corpus(runs: Sequence[Run]) -> None:

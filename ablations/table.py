@@ -52,7 +52,8 @@ class TableConfig:
 
 @dataclass
 class _Answers:
-    """Scores of one variant on one task at one number of shots: (seeds, items) in points, items in the baseline's order."""
+    """Scores of one variant on one task at one number of shots, in points, items in the baseline's order: (training seeds,
+    demonstration seeds, items)."""
 
     scores: np.ndarray
     clusters: tuple[str, ...]
@@ -71,13 +72,22 @@ def build(selection: Selection, shots: Sequence[int] = (), *, interval: str = "t
         raise UserError(
             "interval=bootstrap draws items and knows nothing of training seeds; with several seeds a variant use interval=t."
         )
+    drawn = _demonstration_seeds(variants)
+    if interval == "bootstrap" and len(drawn) > 1:
+        raise UserError(
+            f"interval=bootstrap draws items and knows nothing of demonstration seeds; with several ({drawn}) use interval=t."
+        )
     reference = {(t, k): first.scores(t, k) for t in tasks for k in _checked(first, tasks, numbers)}
 
     def answers(evaluations: list[Evaluation]) -> dict[tuple[str, int], _Answers]:
         for e in evaluations:
-            _checked(e, tasks, numbers)
+            for seed in drawn:
+                _checked(e.of_seed(seed), tasks, numbers)
         return {
-            key: _Answers(np.stack([st.align(scores, e.scores(*key)).scores for e in evaluations]), scores.clusters)
+            key: _Answers(
+                np.stack([[st.align(scores, e.of_seed(seed).scores(*key)).scores for seed in drawn] for e in evaluations]),
+                scores.clusters,
+            )
             for key, scores in reference.items()
         }
 
@@ -115,7 +125,7 @@ def build(selection: Selection, shots: Sequence[int] = (), *, interval: str = "t
         )
     run = variants[0].runs[0]
     table = Table(run.scale, f"{run.corpus} {run.corpus_fingerprint[:8]}", selection.plan, numbers, blocks, resources, [])
-    table.notes = _notes(table, selection, interval, match_within)
+    table.notes = _notes(table, selection, interval, match_within, drawn)
     return table
 
 
@@ -133,24 +143,43 @@ def _checked(evaluation: Evaluation, tasks: Sequence[str], numbers: Sequence[int
     return numbers
 
 
+def _demonstration_seeds(variants: Sequence[Variant]) -> list[int]:
+    """The demonstration seeds that every row was evaluated with, controls too. Raises UserError if there is none."""
+    evaluations = [e for v in variants for found in (v.evaluations, *v.controls.values()) for e in found]
+    common = set.intersection(*(set(e.demonstration_seeds) for e in evaluations))
+    if common:
+        return sorted(common)
+    listed = "\n".join(f"  {e.label}: {', '.join(map(str, e.demonstration_seeds))}" for e in evaluations)
+    raise UserError(
+        f"runs: these were evaluated with demonstrations of different seeds, so their items cannot be paired:\n{listed}\n"
+        "Evaluate all of them with one: python -m eval.fewshot run=NAME demonstration_seed=..."
+    )
+
+
 def _cell(own: list[_Answers], other: list[_Answers] | None, interval: str) -> Cell:
     """The mean over the given tasks (one or all), and its paired difference to `other`."""
-    items = st.mean_over_tasks([st.clustered_mean(a.scores.mean(0), a.clusters) for a in own])
-    seed_means = np.mean([a.scores.mean(1) for a in own], axis=0)
-    cell = Cell(st.combine_seeds(items, seed_means))
+    items = st.average_tasks([st.clustered_mean(a.scores.mean((0, 1)), a.clusters) for a in own])
+    cell = Cell(st.combine(items, seeds=[_seeds(own)], demonstrations=st.spread([(a.scores.mean(0), a.clusters) for a in own])))
     if other is None:
         return cell
-    deltas = [a.scores.mean(0) - b.scores.mean(0) for a, b in zip(own, other, strict=True)]
-    paired = st.mean_over_tasks([st.clustered_mean(d, a.clusters) for d, a in zip(deltas, own, strict=True)])
+    deltas = [a.scores.mean(0) - b.scores.mean(0) for a, b in zip(own, other, strict=True)]  # (demonstration seeds, items)
+    paired = st.average_tasks([st.clustered_mean(d.mean(0), a.clusters) for d, a in zip(deltas, own, strict=True)])
     if interval == "bootstrap":
-        draws = [st.bootstrap_draws(d, a.clusters, seed=number) for number, (d, a) in enumerate(zip(deltas, own, strict=True))]
-        cell.difference = st.bootstrap_difference(paired.mean, np.mean(draws, axis=0))
+        draws = [
+            st.bootstrap_draws(d.mean(0), a.clusters, seed=number) for number, (d, a) in enumerate(zip(deltas, own, strict=True))
+        ]
+        cell.difference = st.bootstrap_difference(paired.mean, np.mean(draws, axis=0), paired.error[1])
         return cell
-    spreads = [st.seed_spread(seed_means), st.seed_spread(np.mean([b.scores.mean(1) for b in other], axis=0))]
-    combined = st.combine_items_and_seeds(paired, *spreads)
+    # demonstrations are the same in all rows, so what they do to both sides of a difference is no error of it
+    shown = st.spread([(d, a.clusters) for d, a in zip(deltas, own, strict=True)])
+    combined = st.combine(paired, seeds=[_seeds(own), _seeds(other)], demonstrations=shown)
     cell.difference_has_seeds = combined.se_seeds is not None
     cell.difference = st.difference(combined.mean, combined.se, combined.df)
     return cell
+
+
+def _seeds(answers: list[_Answers]) -> st.Spread | None:
+    return st.spread([(a.scores.mean(1), a.clusters) for a in answers])
 
 
 def _correct(cells: Sequence[Cell]) -> None:
@@ -170,7 +199,7 @@ def _detectable(rows: Sequence[Row], numbers: Sequence[int]) -> dict[int, Detect
         if compared:
             cell, difference = max(compared, key=lambda pair: pair[1].se)
             one, other = (s.se if cell.difference_has_seeds else s.se_items for s in (base, cell.score))
-            paired, unpaired = st.detectable_from_se(difference.se), st.detectable_from_se(math.hypot(one, other))
+            paired, unpaired = (st.detectable_from_se(se, df=difference.df) for se in (difference.se, math.hypot(one, other)))
             found[k] = Detectable(unpaired, paired, st.correlation(one, other, difference.se))
     return found
 
@@ -199,7 +228,7 @@ def _resources(variant: Variant, baseline: Variant, match_within: float) -> Reso
     )
 
 
-def _notes(table: Table, selection: Selection, interval: str, match_within: float) -> list[str]:
+def _notes(table: Table, selection: Selection, interval: str, match_within: float, drawn: list[int]) -> list[str]:
     first = selection.variants[0].evaluations[0]
     kinds = sorted({kind for v in selection.variants for kind in v.controls})
     counts = [len(r.seeds) for r in table.resources]
@@ -215,8 +244,17 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
     else:
         notes.append(
             "Errors add item and training-seed variance where a variant has several seeds; 's' is the part of the seeds. Δ "
-            "marked '(items)' is item-level only: one of its two sides has a single training seed."
+            "marked '(items)' holds no training-seed error: one of its two sides has a single training seed."
         )
+    if len(drawn) > 1:
+        notes.append(
+            f"Scores are means over the demonstration seeds {', '.join(map(str, drawn))}, of the same items; 'd' is what their "
+            "spread adds to the error. Demonstrations are shared by all rows: Δ holds the spread of the paired difference only."
+        )
+    used = {e.label: sorted(set(e.demonstration_seeds) - set(drawn)) for v in selection.variants for e in v.evaluations}
+    if unused := {name: seeds for name, seeds in used.items() if seeds}:
+        listed = "; ".join(f"{name}: {', '.join(map(str, seeds))}" for name, seeds in unused.items())
+        notes.append(f"Demonstration seeds that not every row has are left out ({listed}).")
     notes.append(
         "Errors are clustered by image. The mean weighs tasks equally, SE = sqrt(sum SE²)/k, as if tasks shared no images."
     )
@@ -227,7 +265,7 @@ def _notes(table: Table, selection: Selection, interval: str, match_within: floa
         sizes.append(
             f"{name} {n} items on {clusters} images" + (f", chance {task.chance:.1f}" if task.chance is not None else "")
         )
-    notes.append(f"Sample: {'; '.join(sizes)}. Demonstration seed {first.seed}, plan {table.plan}, corpus {table.corpus}.")
+    notes.append(f"Sample: {'; '.join(sizes)}. Seed {first.seed}, plan {table.plan}, corpus {table.corpus}.")
     for block in table.blocks[:1]:
         if block.detectable:
             parts = [

@@ -66,11 +66,17 @@ class Folders:
 
     def evaluation(
         self, run: Path, scores: dict[tuple[str, int], list[float]], *, plan: str = "feed0001", control: str | None = None,
-        order: np.random.Generator | None = None, hash: str = "",
+        order: np.random.Generator | None = None, hash: str = "", demonstration_seed: int | None = None, weights: str = "w",
     ) -> Path:  # fmt: skip
-        """`scores[task, shots]` in points; two items share an image. `order` shuffles the lines in the files."""
+        """`scores[task, shots]` in points; two items share an image. `order` shuffles the lines in the files. With a
+        `demonstration_seed` there is a plan.json, of the same items for every such seed."""
         folder = run / "results" / (hash or f"e-{plan}-{control}")
         folder.mkdir(parents=True)
+        if demonstration_seed is not None:
+            planned = {"corpus": "starter", "seed": 0, "demonstration_seed": demonstration_seed or None}
+            queries = {task: {"queries": ["a"], "demonstrations": {"a": [str(demonstration_seed)]}} for task, _ in scores}
+            content = {"version": 1, "weights": weights, "plan": planned | {"tasks": queries}}
+            (folder / "plan.json").write_text(json.dumps(content))
         tasks: dict[str, Any] = {}
         for (task, shots), values in scores.items():
             metric, kind, chance = TASKS[task]
@@ -90,8 +96,8 @@ class Folders:
             lines = [lines[i] for i in (order.permutation(len(lines)) if order else range(len(lines)))]
             (folder / f"{task}.{shots}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             own = st.clustered_mean(np.array(values), clusters)
-            summary = {"mean": own.mean, "se": own.se, "n": own.n, "clusters": own.clusters}
-            tasks.setdefault(task, {"metric": metric, "kind": kind, "chance": chance, "shots": {}})["shots"][str(shots)] = summary
+            held = {"mean": own.mean, "se": own.se, "n": own.n, "clusters": own.clusters}
+            tasks.setdefault(task, {"metric": metric, "kind": kind, "chance": chance, "shots": {}})["shots"][str(shots)] = held
         record = json.loads((run / "run.json").read_text())
         summary = {
             "version": 1,
@@ -191,12 +197,89 @@ def test_seeds_of_one_variant_are_one_row_with_their_spread_apart(two: Folders) 
     means = [np.mean(answers(2, 12)["colours", 0]), np.mean(answers(12, 9)["colours", 0])]
     base = [np.mean(answers(1)["colours", 0]), np.mean(answers(11, 3)["colours", 0])]
     assert cell.score.mean == pytest.approx(np.mean(means))
-    assert cell.score.se_seeds == pytest.approx(abs(means[0] - means[1]) / 2)
+    runs = np.array([answers(2, 12)["colours", 0], answers(12, 9)["colours", 0]])
+    left = (runs - runs.mean(0) - runs.mean(1, keepdims=True) + runs.mean()).reshape(2, 20, 2).mean(2)
+    by_items = (left**2).sum() / (20 * 19 * 2)
+    assert cell.score.se_seeds == pytest.approx(math.sqrt((means[0] - means[1]) ** 2 / 4 - by_items))
     assert cell.difference.value == pytest.approx(np.mean(means) - np.mean(base))
     deltas = np.mean([answers(2, 12)["colours", 0], answers(12, 9)["colours", 0]], 0)
     deltas = deltas - np.mean([answers(1)["colours", 0], answers(11, 3)["colours", 0]], 0)
     items = deltas.reshape(-1, 2).mean(1).std(ddof=1) / math.sqrt(20)
-    assert cell.difference.se == pytest.approx(math.hypot(items, cell.score.se_seeds, (base[0] - base[1]) / 2))
+    of_base = row(table_of(two), "colours", "base").cells[0].score.se_seeds
+    assert cell.difference.se == pytest.approx(math.hypot(items, cell.score.se_seeds, of_base))
+    assert of_base < abs(base[0] - base[1]) / 2
+
+
+# --------------------------------------------------------------------------------------------------- demonstration seeds
+
+
+@pytest.fixture
+def redrawn(folders: Folders) -> Folders:
+    """Two runs after demonstrations of seeds 0, 1 and 2, the same items each time; seed 1 lifts both by 20 points."""
+    for number, (name, run_hash) in enumerate((("base", "aaaa0000"), ("avgpool", "bbbb0000"))):
+        run = folders.run(name, run_hash)
+        for drawn, lift in ((0, 0), (1, 20), (2, -5)):
+            own = answers(10 * number + drawn, lift=lift + 10 * number)
+            folders.evaluation(run, own, plan=f"feed000{drawn}", demonstration_seed=drawn)
+    return folders
+
+
+def test_demonstration_seeds_are_averaged_and_their_spread_is_kept_apart(redrawn: Folders) -> None:
+    table = table_of(redrawn)
+    cell = row(table, "colours", "base").cells[4]
+    each = np.array([answers(drawn, lift)["colours", 4] for drawn, lift in ((0, 0), (1, 20), (2, -5))])
+    other = np.array([answers(10 + drawn, 10 + lift)["colours", 4] for drawn, lift in ((0, 0), (1, 20), (2, -5))])
+    assert cell.score.mean == pytest.approx(each.mean())
+    assert cell.score.se_items == pytest.approx(each.mean(0).reshape(-1, 2).mean(1).std(ddof=1) / math.sqrt(20))
+    assert cell.score.se_seeds is None
+    assert cell.score.se_demonstrations == pytest.approx(each.mean(1).std(ddof=1) / math.sqrt(3), rel=0.02)
+    assert cell.score.se == pytest.approx(math.hypot(cell.score.se_items, cell.score.se_demonstrations))
+    difference = row(table, "colours", "avgpool").cells[4].difference
+    assert difference.value == pytest.approx((other - each).mean())
+    assert difference.se < cell.score.se_demonstrations / 3, "what demonstrations do to both runs is no error of the difference"
+    text = render_markdown(table)
+    assert "means over the demonstration seeds 0, 1, 2" in text
+    assert f"(d {cell.score.se_demonstrations:.1f})" in text
+    line = next(csv.DictReader(io.StringIO(render_csv(table))))
+    assert float(line["se_demonstrations"]) == table.blocks[0].rows[0].cells[0].score.se_demonstrations
+
+
+def test_rows_are_compared_at_the_demonstration_seeds_they_share(redrawn: Folders) -> None:
+    (redrawn.root / "avgpool-bbbb0000/results/e-feed0000-None/summary.json").unlink()
+    table = table_of(redrawn)
+    assert "demonstration seeds 1, 2" in render_markdown(table)
+    assert "left out (base-aaaa0000: 0)" in render_markdown(table)
+    expected = np.mean([answers(drawn, lift)["colours", 0] for drawn, lift in ((1, 20), (2, -5))])
+    assert row(table, "colours", "base").cells[0].score.mean == pytest.approx(expected)
+    (redrawn.root / "avgpool-bbbb0000/results/e-feed0001-None/summary.json").unlink()
+    single = table_of(redrawn)
+    assert row(single, "colours", "base").cells[0].score.se_demonstrations is None
+    (redrawn.root / "base-aaaa0000/results/e-feed0002-None/summary.json").unlink()
+    with pytest.raises(UserError, match=r"base-aaaa0000: 0, 1\n  avgpool-bbbb0000: 2(.|\n)*demonstration_seed="):
+        table_of(redrawn)
+
+
+def test_one_of_several_demonstration_seeds_can_be_named(redrawn: Folders) -> None:
+    table = table_of(redrawn, "base", "avgpool", evaluation="feed0001")
+    assert row(table, "colours", "base").cells[0].score.mean == pytest.approx(np.mean(answers(1, 20)["colours", 0]))
+    common = read_run(redrawn.root / "base-aaaa0000").evaluations[0].items_plan
+    assert "seeds 0, 1, 2" in render_markdown(table_of(redrawn, "base", "avgpool", evaluation=common[:8]))
+
+
+def test_evaluations_of_other_weights_or_of_one_seed_twice_are_no_repeats(redrawn: Folders) -> None:
+    run = redrawn.root / "base-aaaa0000"
+    assert [e.demonstration_seeds for e in read_run(run).evaluations] == [[0, 1, 2]]
+    redrawn.evaluation(run, answers(5), plan="feed0003", demonstration_seed=3, weights="trained further")
+    assert [e.demonstration_seeds for e in read_run(run).evaluations] == [[0, 1, 2], [3]]
+    redrawn.evaluation(run, answers(6), plan="feed0004", demonstration_seed=2)
+    assert sorted(e.demonstration_seeds for e in read_run(run).evaluations) == [[0], [1], [2], [2], [3]]
+    with pytest.raises(UserError, match="several evaluations"):
+        table_of(redrawn, "base")
+
+
+def test_the_bootstrap_knows_nothing_of_demonstration_seeds(redrawn: Folders) -> None:
+    with pytest.raises(UserError, match="demonstration seeds"):
+        build(select(root=redrawn.root), interval="bootstrap")
 
 
 def test_a_control_stands_under_its_run_and_is_compared_with_it(two: Folders) -> None:
