@@ -26,15 +26,14 @@ def load(path: Path, hook: Hook | None = None) -> Any:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             text = str(content, "utf-8")  # type: ignore[call-overload]  # straight from the page cache: one copy, not two
-        with _without_garbage_collection():
-            return json.loads(text, object_hook=hook)
+        return json.loads(text, object_hook=hook)
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise UserError(f"{path}: no readable JSON ({error}). Bring the file again.") from error
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """A parser makes millions of objects and no cycles; looking for some doubles its time."""
+def without_garbage_collection() -> Iterator[None]:
+    """Reading makes millions of objects and no cycles; looking for some doubles its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -49,8 +48,10 @@ def keep_text(key: str) -> Hook:
     once."""
 
     def hook(found: dict[str, Any]) -> Any:
-        text = found.get(key, found)
-        return sys.intern(text) if type(text) is str else text
+        try:
+            return sys.intern(found[key])
+        except (KeyError, TypeError):  # another object, or no text under its key: refused later, by name
+            return found
 
     return hook
 

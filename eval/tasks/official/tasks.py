@@ -23,6 +23,7 @@ from typing import Any
 from configs import CONFIG_DIR
 from configs.errors import UserError
 from eval.tasks.official import parquet
+from eval.tasks.official.annotations import without_garbage_collection
 from eval.tasks.official.records import OfficialPool, Records, Side
 from eval.tasks.pool import TaskData
 
@@ -111,7 +112,8 @@ def _call(reader: Any, side: Side, settings: dict[str, Any], kind: str) -> Recor
         inspect.signature(reader).bind(side, **settings)
     except TypeError as error:
         raise UserError(f"files.{side.task}.{side.name}.{kind}: {error}.") from error
-    records: Records = reader(side, **settings)
+    with without_garbage_collection():
+        records: Records = reader(side, **settings)
     return records
 
 
