@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.cider import cider_rows
 from configs.errors import UserError
 from eval.metrics.bleu import bleu
 from eval.metrics.captions import METRICS, score_captions
@@ -291,6 +292,16 @@ def test_every_metric_by_name_is_the_metric_itself() -> None:
     deviation = math.sqrt(sum((x - corpus["CIDEr"]) ** 2 for x in scores["cider_d"].items) / 999)
     assert scores["cider_d"].standard_error == pytest.approx(deviation / math.sqrt(1000))
     assert scores["bleu_4"].standard_error == pytest.approx(bleu(candidates, references).standard_errors[3])
+
+
+def test_the_benchmark_without_its_peer_says_so_and_still_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)  # as if it were not installed
+    rows = cider_rows(1)
+    assert [row.case for row in rows] == ["cider", "cider_cached", "cider_captions"]
+    for row in rows:
+        assert row.ours > 0
+        assert math.isnan(row.peer)
+        assert "mm1-ablations[java]" in row.peer_name
 
 
 def test_metrics_are_checked_by_name_before_anything_is_computed() -> None:

@@ -7,8 +7,8 @@
     textvqa_evalai    always normalised, by the EvalAI server's slightly different rules (TextVQA)
     min3              always normalised; min(1, matches / 3) over all answers, none left out
     okvqa_raw         vqa_official, against the annotators' own words: the field `raw_answer` of OK-VQA's files
-    okvqa_stemmed     the same with every word of prediction and answers Porter-stemmed after normalising, as OK-VQA's paper
-                      (Marino et al. 2019) brings "dog" and "dogs" together; against either field
+    okvqa_stemmed     the same with every word of prediction and answers Porter-stemmed after normalising: OK-VQA (Marino et al.
+                      2019) counts "dog" and "dogs" as one answer; against either field
     gqa_exact         exact match: 1 if the prediction is an answer, both in lower case without punctuation
 
 OK-VQA's files also hold stemmed answers (`answer`). Their rules had to be guessed from the two fields by others (OpenFlamingo: a
