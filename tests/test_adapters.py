@@ -3,6 +3,7 @@ task."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.errors import UserError
-from data_pipelines.tokens import image_token_id
+from data_pipelines.tokens import encode_parts, image_token_id
 from eval.adapters import decoding
+from eval.generate import Generator, ImageFeatures, Request, load_model
 from mm1.model.image_encoder import build_image_encoder
 from mm1.model.multimodal import MultimodalConfig, MultimodalLM
 from tests.corpus import COLOURS, tokenizer
@@ -200,3 +203,124 @@ def test_lm_evals_command_line_runs_a_checkpoint(folders: dict[str, Path], tmp_p
     assert done.returncode == 0, done.stderr
     assert "made_up_colours" in done.stdout
     assert "acc" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------ lmms-eval
+
+LMMS_UTILS = """
+from PIL import Image
+
+def doc_to_visual(doc):
+    return [Image.new("RGB", (20, 12), colour) for colour in doc["pictures"]]
+
+def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+    return doc["text"]
+"""
+LMMS_RUN = """
+import json, sys
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
+
+folder, model, shots, *tasks = sys.argv[1:]
+manager = TaskManager(include_path=folder, include_defaults=False)
+results = simple_evaluate(
+    model="mm1", model_args=f"pretrained={model},device=cpu", tasks=tasks, batch_size=3, task_manager=manager,
+    num_fewshot=int(shots), bootstrap_iters=0, force_simple=True,
+)
+answers = {}
+for name, samples in results["samples"].items():
+    answers[name] = [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+print("ANSWERS" + json.dumps({"answers": answers, "results": results["results"]}, default=str))
+"""
+
+
+@pytest.fixture(scope="session")
+def lmms_python() -> str:
+    """A python that has lmms-eval: MM1_LMMS_EVAL_PYTHON, or this one."""
+    chosen = os.environ.get("MM1_LMMS_EVAL_PYTHON", sys.executable)
+    found = subprocess.run([chosen, "-c", "import lmms_eval.evaluator"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        assert chosen == sys.executable, f"MM1_LMMS_EVAL_PYTHON={chosen} cannot import lmms-eval:\n{found.stderr}"
+        pytest.skip("lmms-eval is not installed here, and MM1_LMMS_EVAL_PYTHON names no python that has it: docs/textcore.md")
+    return chosen
+
+
+LMMS_ROWS = [
+    {"text": "a red square is", "pictures": ["red"], "answer": "x", "choices": COLOURS[:3], "gold": 1},
+    {"text": "<image>is green and <image>is", "pictures": ["green", "blue"], "answer": "x", "choices": COLOURS[:3], "gold": 0},
+    {"text": "no picture", "pictures": [], "answer": "x", "choices": [" and", " or"], "gold": 0},
+    {"text": "first", "pictures": ["black", "white", "red"], "answer": "x", "choices": COLOURS[3:7], "gold": 2},
+]
+
+
+def lmms_run(python: str, model: Path, folder: Path, shots: int, *tasks: str) -> subprocess.CompletedProcess[str]:
+    rows = "".join(json.dumps(row) + "\n" for row in LMMS_ROWS)
+    (folder / "rows.jsonl").write_text(rows)
+    (folder / "utils.py").write_text(LMMS_UTILS)
+    (folder / "run.py").write_text(LMMS_RUN)
+    shared = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'rows.jsonl'}\ntest_split: test\n"
+        "fewshot_split: test\nfewshot_config:\n  sampler: default\n"
+        "doc_to_visual: !function utils.doc_to_visual\ndoc_to_text: !function utils.doc_to_text\n"
+    )
+    (folder / "said.yaml").write_text(
+        f"task: made_up_said\n{shared}output_type: generate_until\ndoc_to_target: answer\n"
+        "generation_kwargs:\n  until: ['s']\n  max_new_tokens: 9\n  temperature: 0\n  do_sample: false\n"
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    (folder / "chosen.yaml").write_text(
+        f"task: made_up_chosen\n{shared}output_type: multiple_choice\ndoc_to_target: gold\ndoc_to_choice: choices\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [python, str(folder / "run.py"), str(folder), str(model), str(shots), *tasks]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+
+
+def lmms_parts(row: dict[str, Any]) -> list[Any]:
+    """What the row's prompt must be, written out."""
+    pictures = []
+    for colour in row["pictures"]:
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 12), colour).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+    if "<image>" in row["text"]:
+        return [pictures[0], "is green and ", pictures[1], "is"]
+    return [*pictures, row["text"]]
+
+
+def test_lmms_eval_runs_a_checkpoint(lmms_python: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    done = lmms_run(lmms_python, folders["mm1"], tmp_path, 0, "made_up_said", "made_up_chosen")
+    assert "ANSWERS" in done.stdout, done.stderr[-3000:]
+    output = json.loads(done.stdout.partition("ANSWERS")[2])
+    model, tokens = load_model(folders["mm1"], "cpu", "float32")
+    made = Generator(model, tokens, ImageFeatures(model, "cpu"), stop=("s",), max_new_tokens=9)
+    wanted = [made.answer([Request(lmms_parts(row), ())])[0].text for row in LMMS_ROWS]
+    assert [said[0] for said in output["answers"]["made_up_said"]] == wanted
+    assert len(set(wanted)) == len(wanted)
+    hits = 0
+    for row, answers in zip(LMMS_ROWS, output["answers"]["made_up_chosen"], strict=True):
+        totals = plain_totals(model, tokens, lmms_parts(row), [" " + choice for choice in row["choices"]])
+        assert [-value for value, _ in answers] == pytest.approx(totals, abs=1e-3)
+        hits += totals.index(max(totals)) == row["gold"]
+    assert output["results"]["made_up_chosen"]["acc,none"] == pytest.approx(hits / len(LMMS_ROWS))
+
+
+def plain_totals(model: Any, tokens: Any, parts: list[Any], continuations: list[str]) -> list[float]:
+    """Summed log-probabilities by one unpadded forward pass each."""
+    totals = []
+    features = ImageFeatures(model, "cpu")
+    for continuation in continuations:
+        ids, _ = encode_parts(parts, tokens, model.config.num_image_tokens)
+        more = tokens.encode(continuation)
+        images = features.get([part for part in parts if not isinstance(part, str)])
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([ids + more]), image_features=images).logits[0].log_softmax(-1)
+        totals.append(float(logits[len(ids) - 1 : -1].gather(1, torch.tensor(more)[:, None]).sum()))
+    return totals
+
+
+def test_lmms_evals_lost_pictures_are_refused(lmms_python: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    done = lmms_run(lmms_python, folders["mm1"], tmp_path, 2, "made_up_said")
+    assert "ANSWERS" not in done.stdout
+    assert "It loses those of few-shot demonstrations" in done.stderr
