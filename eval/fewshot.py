@@ -22,6 +22,7 @@ from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
 from eval.controls import IMAGES, Show, show_plainly, show_shuffled
+from eval.nearest import EncoderFeatures
 from eval.plan import make_plan
 from eval.prompts import PROMPTS, build_prompt, options
 from eval.results import REFERENCES_KEY, Results, render
@@ -53,8 +54,12 @@ class EvalConfig:
     images: str = "true"
     """true, or a control: shuffled, none."""
     demonstrations: str = "per_query"
-    """per_query, or fixed: the same ones for all queries."""
+    """per_query, or fixed: the same ones for all queries, or nearest: of the most similar images."""
+    nearest_by: str | None = None
+    """nearest: a run or model folder by whose image encoder; null: the evaluated run. Name one for runs to be compared."""
     seed: int = 0
+    demonstration_seed: int | None = None
+    """Other demonstrations for the same sample of queries; null: seed."""
     device: str = "auto"
     dtype: str = "float32"
     threads: int | None = None
@@ -80,6 +85,10 @@ class EvalConfig:
             raise UserError(f"threads={self.threads}: give a number from 1 up, or null.")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}: choose from {', '.join(DTYPES)}.")
+        if self.nearest_by is not None and self.demonstrations != "nearest":
+            raise UserError(
+                f"nearest_by={self.nearest_by}: only demonstrations=nearest compares images, not {self.demonstrations}."
+            )
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,16 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
     settings = {
         task.name: load_settings(task.name, task.kind, prompts=config.prompts, vqa_metric=config.vqa_metric) for task in tasks
     }
+    features = None
+    if config.demonstrations == "nearest":
+        by = target if config.nearest_by is None else resolve(config.nearest_by, str(target.corpus))
+        features = EncoderFeatures(
+            by.export,
+            weights=by.weights,
+            corpus_fingerprint=fingerprint,
+            folder=by.results / "features",
+            device=config.device,
+        )
     plan = make_plan(
         tasks,
         corpus=corpus,
@@ -157,6 +176,8 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
         limit=config.limit,
         seed=config.seed,
         mode=config.demonstrations,
+        demonstration_seed=config.demonstration_seed,
+        features=features,
     )
     for task in tasks:
         if task.kind == "captioning" and len(plan.tasks[task.name].queries) < 2:
@@ -191,7 +212,7 @@ class Prompter:
         if self.task.support is None:
             return asked, list(asked.demonstrations[:shots])
         support: Pool = self.task.support
-        return asked, [self._show(support, name) for name in self.plan.demonstrations[query][:shots]]
+        return asked, [self._show(support, name) for name in self.plan.shown(query, shots)]
 
     def request(self, query: str, shots: int) -> Any:
         from eval.generate import Request
@@ -207,7 +228,7 @@ class Prompter:
         record[REFERENCES_KEY[self.task.kind]] = list(asked.references)
         if asked.names:
             record["options"] = {name: round(value, 6) for name, value in zip(asked.names, answer.options, strict=True)}
-        return record | {"demonstrations": self.plan.demonstrations[query][:shots], "logprob": round(answer.logprob, 6)}
+        return record | {"demonstrations": self.plan.shown(query, shots), "logprob": round(answer.logprob, 6)}
 
 
 def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
@@ -274,7 +295,8 @@ def main(config: EvalConfig) -> None:
     shots=[0,4,8]         demonstrations before each query; k-shot is the beginning of more shots
     limit=200             queries a task, a fixed sample; null: every one
     images=true           shuffled or none: controls that show whether the model looks at its images
-    demonstrations=per_query   or fixed: the same ones before every query
+    demonstrations=per_query   or fixed: the same ones before every query; nearest: the most similar images, nearest_by=RUN's eyes
+    demonstration_seed=null    other demonstrations for the same queries; tables show the spread of several
     batch_size=16 device=auto dtype=float32 threads=null seed=0 prompts=null vqa_metric=null task_corpus=null
 
     Interrupted, it goes on where it stopped; finished, it prints what is there.

@@ -3,8 +3,13 @@
     prompt = (query + answer) of each demonstration, then query of the item
 
 `mm1` are the paper's wordings; `plain` are those of the suite's own corpora, whose pictures are not photos and whose training
-pages say `{image}{caption}`, `{image}Question: ... Short answer: ...` and `{image}This is a ...`. Fields are filled by position
-in the template, never searched for in the text, so a caption that contains "{image}" stays text.
+pages say `{image}{caption}`, `{image}Question: ... Short answer: ...` and `{image}This is a ...`. `openflamingo` are those of
+OpenFlamingo's evaluation code (Awadalla et al. 2023): no space after a colon, and "Output:" for captions and class names alike.
+Its <|endofchunk|>, which this suite's tokenisers lack, is the end of the line here, as in the other sets. What OpenFlamingo
+calls 0-shot shows two demonstrations without their images; here 0-shot shows none in any set, so that its published 0-shot
+figures are of another protocol.
+
+Fields are filled by position in the template, never searched for in the text, so a caption that contains "{image}" stays text.
 """
 
 from __future__ import annotations
@@ -33,6 +38,11 @@ _NAME = Template("{image}This is a", " {answer}\n")
 
 PROMPTS: dict[str, dict[str, Template]] = {
     "mm1": {"captioning": Template("{image}A photo of", " {answer}\n"), "vqa": _QUESTION, "binding": _NAME},
+    "openflamingo": {
+        "captioning": Template("{image}Output:", "{answer}\n"),
+        "vqa": Template("{image}Question:{question} Short answer:", "{answer}\n"),
+        "binding": Template("{image}Output:", "{answer}\n"),
+    },
     "plain": {"captioning": Template("{image}", "{answer}\n"), "vqa": _QUESTION, "binding": _NAME},
 }
 

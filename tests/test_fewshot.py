@@ -175,8 +175,8 @@ def test_plans_that_cannot_be_made_are_refused(tasks: dict[str, TaskData]) -> No
         plan_of({"names": tasks["names"]}, shots=[8])
     with pytest.raises(UserError, match="rising order"):
         plan_of(tasks, shots=[4, 0])
-    with pytest.raises(UserError, match="per_query, fixed"):
-        plan_of(tasks, mode="nearest")
+    with pytest.raises(UserError, match="per_query, fixed, nearest"):
+        plan_of(tasks, mode="similar")
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
