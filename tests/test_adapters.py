@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from configs.errors import UserError
 from data_pipelines.tokens import encode_parts, image_token_id
@@ -67,6 +67,8 @@ PAIRS = [
     *[("a red square is", f" {colour}") for colour in COLOURS],
     *[(f"a {colour} square is", f" more {colour} than a red one") for colour in COLOURS[:4]],
     ("a red square is", " red"),  # twice the same
+    ("a red square is", " xy"),  # two that differ in the last token but one
+    ("a red square is", " ay"),
     ("", "a blue square"),
     ("", "x"),
     ("ends with spaces  ", "green"),
@@ -165,15 +167,19 @@ def test_settings_that_cannot_work_are_refused(folders: dict[str, Path], tmp_pat
         MM1LM(str(tmp_path))
 
 
-def test_the_models_own_values_are_those_of_a_plain_forward_pass(folders: dict[str, Path]) -> None:
-    """Independent of lm-eval: unpadded, one by one."""
-    loaded = decoding.load(folders["text"], "cpu")
+@pytest.mark.parametrize("kind", ["rotary", "absolute"])
+def test_the_models_own_values_are_those_of_a_plain_forward_pass(folders: dict[str, Path], kind: str) -> None:
+    """Independent of lm-eval: unpadded, one by one; also with learned positions, which padding must not move."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer()), "n_positions": POSITIONS, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    absolute = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).eval()
+    model = decoding.load(folders["text"], "cpu").model if kind == "rotary" else absolute
     sequences = [tokenizer().encode(f"a {colour} square" + " and" * i) for i, colour in enumerate(COLOURS)]
     scored = [decoding.Scored(tuple(ids), 1 + i % 3) for i, ids in enumerate(sequences)]
-    found = decoding.log_likelihoods(loaded.model, scored, device="cpu", batch_size=5, pad_id=1)
+    found = decoding.log_likelihoods(model, scored, device="cpu", batch_size=5, pad_id=1)
     for request, (value, greedy) in zip(scored, found, strict=True):
         with torch.inference_mode():
-            steps = loaded.model(torch.tensor([request.ids])).logits[0, :-1].log_softmax(-1)[-request.count :]
+            steps = model(torch.tensor([request.ids])).logits[0, :-1].log_softmax(-1)[-request.count :]
         wanted = torch.tensor(request.ids[-request.count :])
         assert value == pytest.approx(float(steps.gather(1, wanted[:, None]).sum()), abs=1e-4)
         assert greedy == bool((steps.argmax(-1) == wanted).all())
