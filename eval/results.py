@@ -95,8 +95,8 @@ class Results:
     def opened(self) -> Iterator[None]:
         """Make or check the folder and keep other processes out of it.
 
-        Raises UserError for results of another version, or when another process is evaluating the same. Results of other
-        weights (the run was trained further since) are dropped, and that is said.
+        Raises UserError for results of another version or another plan, or when another process is evaluating the same. Results
+        of other weights (the run was trained further since) are dropped, and that is said.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as lock:
@@ -118,7 +118,15 @@ class Results:
                         "or delete it, and evaluate again."
                     )
         if path.is_file():
-            if _load(path).get("weights") == self.weights:
+            found = _load(path)
+            if found.get("plan_fingerprint") != self.plan.fingerprint:
+                corpus = (found.get("plan") or {}).get("corpus")
+                raise UserError(
+                    f"{path}: another plan lies where this evaluation's results belong: fingerprint "
+                    f"{found.get('plan_fingerprint')}, corpus {corpus}; this one's is {self.plan.fingerprint}, corpus "
+                    f"{self.plan.corpus}. Move {self.folder} away, and evaluate again."
+                )
+            if found.get("weights") == self.weights:
                 return
             print(f"{self.folder}: the results there are of other weights (the run was trained since); evaluating again.")
         for stale in [*self.folder.glob("*.jsonl*"), self.folder / "summary.json"]:
