@@ -27,7 +27,7 @@ from eval.plan import make_plan
 from eval.prompts import PROMPTS, build_prompt, options
 from eval.results import REFERENCES_KEY, Results, render
 from eval.tasks.example import Example
-from eval.tasks.official.presence import check_images
+from eval.tasks.official.presence import check_compared, check_images
 from eval.tasks.pool import Pool, TaskData
 from eval.tasks.settings import load_settings
 from eval.tasks.sources import read_sources, split_names
@@ -160,6 +160,7 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
     }
     features = None
     if config.demonstrations == "nearest":
+        check_compared(tasks, limit=config.limit, seed=config.seed)
         by = target if config.nearest_by is None else resolve(config.nearest_by, str(target.corpus))
         features = EncoderFeatures(
             by.export,

@@ -73,6 +73,12 @@ def test_missing_images_stop_it_before_a_model_is_loaded(model: Path, datasets: 
     path.unlink()
     with pytest.raises(UserError, match=str(path)):
         evaluate(config_for(model, datasets, "tasks=[gqa,vqav2]"))
+    monkeypatch.setattr(fewshot, "EncoderFeatures", no_model)
+    unused = datasets / "gqa/images/99.jpg"
+    unused.unlink()
+    with pytest.raises(UserError, match=f"nearest compares(.|\n)*{unused}"):
+        evaluate(config_for(model, datasets, "tasks=gqa", "demonstrations=nearest"))
+    shutil.copy(datasets / "gqa/images/n52.jpg", unused)
     with pytest.raises(AssertionError, match="a model step was reached"):
         evaluate(config_for(model, datasets, "tasks=gqa"))
     with pytest.raises(UserError, match="no such folder"):
@@ -97,3 +103,10 @@ def test_what_the_annotations_say_is_part_of_the_results_name(model: Path, datas
     path = datasets / "textvqa/TextVQA_0.5.1_train.json"
     path.write_text(path.read_text().replace('"go"', '"went"'))
     assert fewshot.prepare(config)[1].folder != before
+
+
+def test_the_nearest_images_of_an_official_split(model: Path, datasets: Path) -> None:
+    twin = datasets / "coco/val2014" / coco_name("val", 42)
+    shutil.copy(datasets / "coco/train2014" / coco_name("train", 25), twin)
+    _, results = fewshot.prepare(config_for(model, datasets, "tasks=[coco]", "demonstrations=nearest"))
+    assert results.plan.tasks["coco"].demonstrations[twin.name][-1] == coco_name("train", 25)

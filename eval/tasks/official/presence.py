@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from configs.errors import UserError
 from eval.controls import show_plainly, show_shuffled
-from eval.plan import Plan
+from eval.plan import Plan, sample_queries
 from eval.tasks.example import Example
 from eval.tasks.official.records import OfficialPool
 from eval.tasks.pool import TaskData
@@ -33,7 +33,6 @@ class _Unread:
 def check_images(tasks: Iterable[TaskData], plan: Plan, control: str | None) -> None:
     """Raises UserError naming the first missing images of official tasks, of all that the plan shows under this control."""
     lost: list[str] = []
-    total = 0
     for task in tasks:
         if not isinstance(task.queries, OfficialPool) or not isinstance(task.support, OfficialPool):
             continue
@@ -44,13 +43,25 @@ def check_images(tasks: Iterable[TaskData], plan: Plan, control: str | None) -> 
         planned = plan.tasks[task.name]
         drawn = dict.fromkeys(name for shown in planned.demonstrations.values() for name in shown)
         for pool, names in ((queries, planned.queries), (support, list(drawn))):
-            shown = {show(pool, name).image.decode() for name in names}  # type: ignore[arg-type]
-            total += len(shown)
-            lost += pool.pool.missing(sorted(shown))
+            lost += pool.pool.missing(sorted({show(pool, name).image.decode() for name in names}))  # type: ignore[arg-type]
+    _refuse(lost, "that the plan shows")
+
+
+def check_compared(tasks: Iterable[TaskData], *, limit: int | None, seed: int) -> None:
+    """The same for demonstrations=nearest, which encodes the whole support split and the sampled queries to make its plan."""
+    lost: list[str] = []
+    for task in tasks:
+        if isinstance(task.queries, OfficialPool) and isinstance(task.support, OfficialPool):
+            lost += task.queries.missing(sample_queries(task.queries.ids, task=task.name, seed=seed, limit=limit))
+            lost += task.support.missing(task.support.ids)
+    _refuse(lost, "that demonstrations=nearest compares")
+
+
+def _refuse(lost: list[str], which: str) -> None:
     if lost := list(dict.fromkeys(lost)):
         more = f"\n  and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
         raise UserError(
-            f"{len(lost)} images of the {total} items that the plan shows are missing or empty:\n  "
+            f"{len(lost)} of the images {which} are missing or empty:\n  "
             + "\n  ".join(lost[:NAMED])
             + more
             + "\nPut them there (docs/datasets.md), or say where the folder is: +files.TASK.query.json.images=PATH, and the same "
