@@ -52,7 +52,7 @@ class TextcoreConfig:
     device: str = "auto"
     dtype: str = "float32"
     threads: int | None = None
-    """On a CPU; null: torch's own choice."""
+    """On a CPU; null: one for small models, as in eval.fewshot, else torch's own choice."""
 
     def validate(self) -> None:
         chosen = [part for name in self.tasks or TASKS for part in (EIGHT[0] if name == "arc" else (name,))]
@@ -238,11 +238,11 @@ def render(content: dict[str, Any], config: TextcoreConfig, path: Path) -> str:
         lines.append(line + "  ".join(f"{cell(c['mean'], c['se']):>15}" for c in cells))
         cut += [f"{name} {s}-shot {c['truncated']}" for s, c in zip(config.shots, cells, strict=True) if c["truncated"]]
     means = [textcore_mean(content, shots) for shots in config.shots]
-    if all(means):
+    if len(config.tasks) == len(TASKS):
         line = f"{'TextCore':<{width}}  {'':<11}  {'':>6}  {'':>6}  "
         lines.append(line + "  ".join(f"{cell(m.mean, m.se):>15}" for m in means if m))
     else:
-        lines.append(f"TextCore is the mean of all eight; {len(config.tasks)} of its {len(TASKS)} files' tasks are here.")
+        lines.append(f"TextCore is the mean of all eight; {len(config.tasks)} of {len(TASKS)} sets were asked for.")
     sample = "all queries" if config.limit is None else f"the first {config.limit} queries a task"
     lines.append(f"points ± item-level standard error; {sample}; seed {config.seed}; lm-eval {content['lm_eval']}")
     if cut:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,8 @@ def load(folder: Path, device: str | None = None, dtype: str = "float32") -> Loa
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: choose from {', '.join(DTYPES)}.")
     device = pick_device(device)
+    if device == "cpu":  # transformers' generate asks DeepSpeed, which otherwise prints that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError) as error:
