@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
+from ablations.results import read_run
 from configs.errors import UserError
 from data_pipelines.images import decode_image
 from data_pipelines.shards import Manifest, SplitWriter, Task
@@ -35,6 +36,7 @@ from eval.tasks.pool import Pool, TaskData
 from tests.corpus import tokenizer
 from tests.models import tiny_model
 from tests.test_fewshot import picture, write_tasks
+from tests.test_table import Folders
 
 
 class Names:
@@ -328,6 +330,20 @@ def test_runs_compared_by_one_runs_eyes_have_one_plan(models: list[Path], corpus
     assert plan(models[1], nearest_by=str(models[0])).fingerprint == own[0].fingerprint
     with pytest.raises(UserError, match="only demonstrations=nearest"):
         config_for(models[0], corpus, nearest_by=str(models[1])).validate()
+
+
+def test_demonstration_seeds_of_one_run_are_read_back_as_repeats(models: list[Path], corpus: Path, tmp_path: Path) -> None:
+    found = [evaluate(config_for(models[0], corpus, demonstration_seed=seed)) for seed in (None, 1, 2)]
+    assert len({folder for _, folder in found}) == 3
+    asked = [[json.loads(line) for line in (folder / "colours.2.jsonl").read_text().splitlines()] for _, folder in found]
+    assert [line["id"] for line in asked[0]] == [line["id"] for line in asked[1]]
+    assert sum(a["demonstrations"] != b["demonstrations"] for a, b in zip(asked[0], asked[1], strict=True)) >= 5
+
+    run = Folders(tmp_path / "runs").run("base", found[0][0]["run"]["hash"])
+    shutil.copytree(models[0] / "results", run / "results")
+    evaluations = read_run(run).evaluations
+    assert [e.demonstration_seeds for e in evaluations] == [[0, 1, 2]]
+    assert evaluations[0].of_seed(2).scores("colours", 2).ids == evaluations[0].scores("colours", 2).ids
 
 
 # ---------------------------------------------------------------------------------------------------------------- prompts
