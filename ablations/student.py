@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 
@@ -19,42 +20,46 @@ def t_two_sided(t: float, df: float) -> float:
 
 @lru_cache(maxsize=4096)
 def t_quantile(probability: float, df: float) -> float:
-    """The value that Student's t stays below with `probability` (0.5 < probability < 1), by bisection to 1e-10."""
+    """The value that Student's t stays below with `probability` (0.5 < probability < 1)."""
     if math.isnan(df):
         return math.nan
-    low, high = 0.0, 2.0
-    while t_two_sided(high, df) > 2 * (1 - probability):
+    tail = 2 * (1 - probability)
+    high = 2.0
+    while t_two_sided(high, df) > tail:
         high *= 2
-    while high - low > 1e-10 * max(1.0, high):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided(middle, df) > 2 * (1 - probability) else (low, middle)
-    return (low + high) / 2
+    return _root(lambda t: tail - t_two_sided(t, df), 0.0, high)
 
 
 def t_df(quantile: float, probability: float) -> float:
-    """The degrees of freedom at which `t_quantile(probability, df)` is `quantile`; infinity from the normal one down.
-
-    The tail is nearly linear in 1/df, so the bracket shrinks by false position (the Illinois rule) to 1e-9.
-    """
+    """The degrees of freedom at which `t_quantile(probability, df)` is `quantile`; infinity from the normal one down."""
     tail = 2 * (1 - probability)
-    low, high = 0.0, 1.0  # 1/df
-    below = t_two_sided(quantile, math.inf) - tail
-    if below >= 0:
+    if t_two_sided(quantile, math.inf) >= tail:
         return math.inf
-    above = t_two_sided(quantile, 1.0) - tail
-    while above < 0:
-        low, below, high = high, above, 2 * high
-        above = t_two_sided(quantile, 1 / high) - tail
-    while high - low > 1e-9 * high:
+
+    def excess(inverse: float) -> float:  # in 1/df, in which the tail is nearly linear
+        return t_two_sided(quantile, 1 / inverse if inverse else math.inf) - tail
+
+    high = 1.0
+    while excess(high) < 0:
+        high *= 2
+    return 1 / _root(excess, 0.0, high)
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a rising function passes 0 between `low` and `high`, to 1e-11 of `high`: false position with the Illinois rule."""
+    below, above, kept = function(low), function(high), 0
+    while high - low > 1e-11 * high:
         middle = (low * above - high * below) / (above - below)
-        value = t_two_sided(quantile, 1 / middle) - tail if middle > 0 else below
-        if abs(value) < 1e-13:
-            return 1 / middle
+        value = function(middle)
+        if value == 0 or not low < middle < high:
+            return middle
         if value > 0:
-            high, above, below = middle, value, below / 2
+            high, above = middle, value
+            below, kept = (below / 2 if kept > 0 else below), 1
         else:
-            low, below, above = middle, value, above / 2
-    return 2 / (low + high)
+            low, below = middle, value
+            above, kept = (above / 2 if kept < 0 else above), -1
+    return (low + high) / 2
 
 
 def _incomplete_beta(a: float, b: float, x: float, complement: float) -> float:

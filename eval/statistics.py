@@ -93,7 +93,7 @@ def _degrees_of_freedom(sizes: Array, sums: Array, residuals: Array) -> float:
     expected = (c * (s - 2 * p + total)).sum()
     off = (total * c.sum()) ** 2 + 2 * c.sum() * (c * p**2).sum() - 4 * total * c.sum() * (c * p).sum() + 2 * (c * p).sum() ** 2
     on = (c**2 * s * (s + 2 * (total - 2 * p))).sum()  # the diagonal's (s + T - 2p)^2 - (T - 2p)^2
-    return float(expected**2 / (off + on))
+    return round(float(expected**2 / (off + on)), 9)  # equal clusters: G - 1, without rounding's tail
 
 
 def add_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
