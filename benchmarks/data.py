@@ -146,7 +146,7 @@ def loader(repeats: int) -> Row:
     import webdataset
     from simplejpeg import decode_jpeg
 
-    workers, steps, per_step = 2, 24, 4
+    workers, steps, per_step = 2, 96, 4
     with tempfile.TemporaryDirectory() as temporary:
         folder = caption_corpus(Path(temporary) / "captions", 160, 640, 480)
         tokenizer = load_tokenizer(folder / "tokenizer")
@@ -158,7 +158,7 @@ def loader(repeats: int) -> Row:
             batches = PackedLoader(stream, image_size=SIZE, micro_batch=per_step, workers=workers)
             return sum(len(batch.images) for step in islice(batches, steps) for batch in step)
 
-        shards = [str(path) for path in sorted(folder.glob("*.tar"))] * 8
+        shards = [str(path) for path in sorted(folder.glob("*.tar"))] * 40
 
         def tokenised(pair: tuple[Any, str]) -> tuple[Any, torch.Tensor]:
             ids = tokenizer(pair[1], padding="max_length", max_length=64, truncation=True, return_tensors="pt").input_ids[0]

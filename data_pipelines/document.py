@@ -48,8 +48,7 @@ class Origin(NamedTuple):
         return f"{self.source}:{self.shard}:{self.key}"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     parts: tuple[str | Image, ...]
     origin: Origin
 

@@ -92,12 +92,13 @@ class SplitIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._views: dict[str, memoryview[int]] | None = None
+        self._views: tuple[memoryview[int], ...] | None = None
+        """The arrays, in the order of ARRAYS."""
         self._extensions: list[str] = []
         self.shards: list[int] = []
         self._open()
 
-    def _open(self) -> dict[str, memoryview[int]]:
+    def _open(self) -> tuple[memoryview[int], ...]:
         if not self.path.is_file():
             raise UserError(f"{self.path} is missing. Prepare the corpus again (force=true).")
         with open(self.path, "rb") as file:
@@ -110,9 +111,10 @@ class SplitIndex:
                 if header["version"] != VERSION:
                     raise ValueError(f"version {header['version']}, this suite reads {VERSION}")
                 mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-                views = {name: self._view(mapped, 16 + length, code, *header["arrays"][name]) for name, code in ARRAYS.items()}
+                arrays = header["arrays"]
+                views = tuple(self._view(mapped, 16 + length, code, *arrays[name]) for name, code in ARRAYS.items())
                 self.shards, self._extensions = list(map(int, header["shards"])), list(map(str, header["extensions"]))
-                if len(views["member_ends"]) != sum(self.shards):
+                if len(views[0]) != sum(self.shards):
                     raise ValueError("its counts disagree")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{self.path} is damaged ({error}). Prepare the corpus again (force=true).") from error
@@ -139,10 +141,8 @@ class SplitIndex:
 
     def sample(self, number: int) -> tuple[str, Entries]:
         """Key and members of sample `number`."""
-        views = self._views or self._open()
-        ends, key_ends = views["member_ends"], views["key_ends"]
+        ends, key_ends, offset, size, check, extension, keys = self._views or self._open()
         first, key_first = (ends[number - 1], key_ends[number - 1]) if number else (0, 0)
-        offset, size, check, extension = views["offset"], views["size"], views["check"], views["extension"]
         names = self._extensions
         entries = {names[extension[i]]: (offset[i], size[i], check[i]) for i in range(first, ends[number])}
-        return views["keys"][key_first : key_ends[number]].tobytes().decode("utf-8", "surrogateescape"), entries
+        return str(keys[key_first : key_ends[number]], "utf-8", "surrogateescape"), entries

@@ -88,7 +88,8 @@ def main(config: InspectConfig) -> None:
 def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
     """Counts of all sequences of the steps asked for, one tally a source, and views of the first ones."""
     stream, tokenizer = open_stream(config)
-    from data_pipelines.loader import PackedLoader, TensorDecoder
+    from data_pipelines.images import SquareDecoder
+    from data_pipelines.loader import PackedLoader, as_images
     from data_pipelines.views import Tally, view
 
     tallies = [Tally(name, config.data.sources[name].kind, config.data.sources[name].ratio) for name in stream.names]
@@ -100,10 +101,11 @@ def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
         for fault in item.faults:
             print(f"left out: {fault}", file=sys.stderr)
         if len(views) < config.sequences:
-            decoder, images = TensorDecoder(config.image_encoder.image_size, shared=False), item.sequence.images
-            for image, square in zip(images, decoder.allocate(len(images)), strict=True):
+            decoder, images = SquareDecoder(config.image_encoder.image_size), item.sequence.images
+            squares = decoder.allocate(len(images))
+            for image, square in zip(images, squares, strict=True):
                 decoder.decode(image.data, image.name, square)
-            views.append(view(item, decoder.images(len(images)), tokenizer, config.connector.num_tokens))
+            views.append(view(item, as_images(squares), tokenizer, config.connector.num_tokens))
     return tallies, views
 
 

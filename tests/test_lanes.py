@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from configs.errors import UserError
 from data_pipelines.batch import IGNORE
@@ -209,6 +212,22 @@ def test_workers_change_nothing(corpus: Path) -> None:
         return [batch.input_ids.flatten().tolist() + batch.images.flatten().tolist() for batch in batches]
 
     assert rows(0) == rows(1) == rows(2)
+
+
+def test_pictures_of_a_ring_stay_until_their_step_is_over_however_far_workers_read_ahead(corpus: Path) -> None:
+    expected = PackedLoader(stream(corpus), image_size=8, micro_batch=12)
+    loader = PackedLoader(stream(corpus), image_size=8, micro_batch=12, workers=2)
+    turns = len(loader._rings[0].squares) // (loader.per_step // 2) + 2  # once round the ring, and on
+    for step, (ours, plain) in enumerate(islice(zip(by_step(loader), by_step(expected), strict=True), turns)):
+        time.sleep(0.05)  # in which the workers fill all that they may
+        for (_, images), (_, right) in zip(ours, plain, strict=True):
+            assert torch.equal(images, right), step
+
+
+def by_step(loader: PackedLoader) -> Iterator[list[tuple[LaneSequence, torch.Tensor]]]:
+    sequences = loader.sequences()
+    while True:
+        yield list(islice(sequences, loader.per_step))
 
 
 def test_impossible_division_is_refused(corpus: Path) -> None:

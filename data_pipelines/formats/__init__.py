@@ -10,7 +10,6 @@ sample of them at any time; rows have no random access and are converted first (
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from configs.errors import UserError
@@ -54,13 +53,13 @@ def read_document(format: str, members: Mapping[str, bytes], origin: Origin) -> 
     """The sample as a document of strings and images. Raises UserError naming the sample when it does not follow its layout."""
     if format not in READERS:
         raise UserError(f"{origin}: unknown shard format {format!r}; known: {', '.join(sorted(READERS))}.")
-    return following(format, origin, partial(READERS[format], members, origin))
+    return following(format, origin, READERS[format], members, origin)
 
 
-def following(format: str, origin: Origin, read: Callable[[], Document]) -> Document:
+def following(format: str, origin: Origin, read: Callable[..., Document], *arguments: Any) -> Document:
     """What `read` returns, certain to hold text that can be encoded; whatever a malformed record makes it raise, as UserError."""
     try:
-        document = read()
+        document = read(*arguments)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # bytes that are no UTF-8, no JSON ...
         raise UserError(
             f"{origin}: does not follow the layout {format!r} ({type(error).__name__}: {error}). Correct it, or take it out."
