@@ -1,0 +1,259 @@
+"""SparQ attention (arXiv 2312.04985): one decoding step that reads a part of the cache, and the dense step it is measured by.
+
+For each key-value head, with the g query heads q of its group, keys K and values V of S valid tokens, head size d:
+
+    1. i1    = the r components with the largest sum over the group of |q|
+    2. tau   = sqrt(d |q[i1]|_1 / |q|_1)                        for each query head
+       s_hat = softmax(q[i1] K[:, i1]^T / tau)                  for each query head
+    3. i2    = the k tokens with the largest sum over the group of s_hat, the last l valid ones always among them
+    4. y3    = softmax(q K[i2]^T / sqrt(d)) V[i2]
+    5. alpha = the sum of s_hat[i2];  y = alpha y3 + (1 - alpha) mean(V)
+
+Step 2 reads r of the d components of every key (from the copy that lies component by component), step 4 reads k keys and values
+whole: S r + 2 k d + 4 d elements instead of 2 S d + 2 d. The paper sums softmaxed scores over the group (`group=softmax`); its
+authors' code sums logits (`group=logits`).
+
+Where no token would be left out (k >= S), and below `dense_below`, the step is `dense_decode`, to the bit.
+
+`sparq_decode` and `dense_decode` choose the fastest code for the tensors they get; `sparq_torch` is the method itself, in
+PyTorch, for any device, dtype and head size, and what the others are tested against.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+GROUPS = ("softmax", "logits")
+SUFFIXES = ("sparse", "dense")
+_BACKENDS = {"cpu": "mm1.attention.sparq_cpu", "cuda": "mm1.attention.sparq_triton"}
+
+
+@dataclass(frozen=True)
+class SparqSettings:
+    """r: components of a key that are read to score it. k: tokens attended to, `local` of them the latest (None: k // 4).
+
+    reallocate: step 5 (off for Llama 3 and Mistral in the paper). group: what is summed over a group of query heads to rank
+    tokens. dense_below: fewer valid tokens than this are attended to densely (None: as many as the code at work gains nothing
+    on; never fewer than k). suffix: whether several tokens that follow a filled cache at once, such as a question after
+    demonstrations, attend sparsely as well (cache.py). Raises UserError for what cannot work.
+    """
+
+    r: int = 32
+    k: int = 128
+    local: int | None = None
+    reallocate: bool = True
+    group: str = "softmax"
+    dense_below: int | None = None
+    suffix: str = "sparse"
+
+    def __post_init__(self) -> None:
+        for name in ("r", "k"):
+            if getattr(self, name) < 1:
+                raise UserError(f"sparq.{name}={getattr(self, name)}: give a number from 1 up.")
+        if self.local is not None and not 0 <= self.local <= self.k:
+            raise UserError(
+                f"sparq.local={self.local}: the latest tokens count among the k={self.k}; give 0 to {self.k}, or null."
+            )
+        if self.group not in GROUPS:
+            raise UserError(f"sparq.group={self.group}: choose from {', '.join(GROUPS)}.")
+        if self.dense_below is not None and self.dense_below < 0:
+            raise UserError(f"sparq.dense_below={self.dense_below}: give a number of tokens from 0 up, or null.")
+        if self.suffix not in SUFFIXES:
+            raise UserError(f"sparq.suffix={self.suffix}: choose from {', '.join(SUFFIXES)}.")
+
+    @property
+    def window(self) -> int:
+        """Latest valid tokens that are always attended to."""
+        return self.k // 4 if self.local is None else self.local
+
+    @property
+    def dense_up_to(self) -> int:
+        """The largest number of valid tokens that is attended to densely."""
+        return max(self.k, (self.dense_below or 0) - 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of cache: keys, values (B, Hkv, C, d), keys_t (B, Hkv, d, C); B may be 1 for a stretch that all rows share.
+
+    Row b's valid slots are start[b] <= s < stop[b] (int64 (B,)); those outside are never read into a result.
+    """
+
+    keys: Tensor
+    keys_t: Tensor
+    values: Tensor
+    start: Tensor
+    stop: Tensor
+
+    def valid(self) -> Tensor:
+        """bool (B, C)."""
+        slots = torch.arange(self.keys.shape[2], device=self.keys.device)
+        return (slots >= self.start[:, None]) & (slots < self.stop[:, None])
+
+
+def sparq_decode(
+    q: Tensor,
+    keys: Tensor,
+    keys_t: Tensor,
+    values: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    value_mean: Tensor,
+    settings: SparqSettings,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One query position a row by the fastest code there is: (B, Hq, d) in q's dtype.
+
+    q (B, Hq, d); keys, values (B, Hkv, C, d); keys_t (B, Hkv, d, C), the same keys; start, stop int64 (B,): valid are the slots
+    start[b] <= s < stop[b], and what lies outside never shows, be it NaN or infinite; value_mean float32 (B, Hkv, d): mean of the
+    valid values. Scores, softmaxes and sums are float32 (float64 stays float64). scale: default 1 / sqrt(d). A row without valid
+    slots is zero.
+    """
+    backend = backend_for(q)
+    if backend is not None:
+        return backend(q, keys, keys_t, values, start, stop, value_mean, settings, scale=scale)
+    return sparq_torch(q, [Segment(keys, keys_t, values, start, stop)], value_mean, settings, scale=scale)
+
+
+@functools.cache
+def _load_backend(device: str) -> Any:
+    """The module for a device, None if there is none or it cannot work here, which is said once."""
+    name = _BACKENDS.get(device)
+    if name is None:
+        return None
+    try:
+        module = importlib.import_module(name)
+        module.load()  # builds what must be built
+    except Exception as error:
+        logging.getLogger(__name__).warning("SparQ attention on %s runs in plain PyTorch, slower: %s", device, error)
+        return None
+    return module
+
+
+def backend_for(q: Tensor) -> Callable[..., Tensor] | None:
+    """The `sparq_decode` of mm1/attention/sparq_cpu.py or sparq_triton.py, or None where PyTorch does it."""
+    module = _load_backend(q.device.type)
+    return module.sparq_decode if module is not None and module.supports(q) else None
+
+
+def sparq_torch(
+    q: Tensor, segments: list[Segment], value_mean: Tensor, settings: SparqSettings, *, scale: float | None = None
+) -> Tensor:
+    """`sparq_decode` in PyTorch, over one or several segments that follow each other: one ranking over all of them."""
+    lengths = sum((segment.stop - segment.start).clamp(min=0) for segment in segments)
+    assert isinstance(lengths, Tensor)
+    is_dense = lengths <= settings.dense_up_to
+    none, every = not bool(is_dense.any()), bool(is_dense.all())
+    dense = None if none else dense_segments(q, segments, scale=scale)
+    if every:
+        assert dense is not None
+        return dense
+    sparse = _sparse(q, segments, value_mean, settings, q.shape[-1] ** -0.5 if scale is None else scale)
+    return sparse if dense is None else torch.where(is_dense[:, None, None], dense, sparse)
+
+
+def _sparse(q: Tensor, segments: list[Segment], value_mean: Tensor, settings: SparqSettings, scale: float) -> Tensor:
+    batch, heads, d = q.shape
+    kv_heads = segments[0].keys.shape[1]
+    x = q.view(batch, kv_heads, heads // kv_heads, d).to(_accumulator(q))
+
+    # 1. the components of the query that matter, one choice a group
+    i1 = x.abs().sum(2).topk(min(settings.r, d), sorted=False).indices
+    x1 = x.gather(3, i1[:, :, None].expand(-1, -1, x.shape[2], -1))
+
+    # 2. scores from those components alone; the temperature makes up for the rest
+    part, total = x1.abs().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)
+    ratio = torch.where(part > 0, part / total, 1.0)  # a head with nothing in i1 scores all tokens 0
+    logits = torch.cat([_component_scores(x1, i1, segment, d) for segment in segments], -1) * (scale * ratio.rsqrt())
+    valid = torch.cat([segment.valid() for segment in segments], -1)
+    logits = logits.masked_fill(~valid[:, None, None], -math.inf)
+    s_hat = logits.softmax(-1)
+
+    # 3. the tokens that matter, one choice a group
+    rank = (s_hat if settings.group == "softmax" else logits).sum(2)
+    later = valid.sum(-1, keepdim=True) - valid.cumsum(-1)  # valid tokens after each
+    rank = rank.masked_fill((later < settings.window)[:, None], math.inf).masked_fill(~valid[:, None], -math.inf)
+    i2 = rank.topk(min(settings.k, rank.shape[-1]), sorted=False).indices
+
+    # 4. exact attention to them
+    keys, values = (_take([getattr(s, name) for s in segments], i2).to(x.dtype) for name in ("keys", "values"))
+    y = (x @ keys.transpose(-1, -2) * scale).softmax(-1) @ values
+
+    # 5. what the others would have had goes to the mean value
+    if settings.reallocate:
+        alpha = s_hat.gather(3, i2[:, :, None].expand(-1, -1, x.shape[2], -1)).sum(-1, keepdim=True)
+        y = alpha * y + (1 - alpha) * value_mean[:, :, None].to(x.dtype)
+    return y.reshape(batch, heads, d).to(q.dtype)
+
+
+def _component_scores(x1: Tensor, i1: Tensor, segment: Segment, d: int) -> Tensor:
+    """q[i1] K[:, i1]^T (B, Hkv, g, C). A shared segment is read once for all rows where that is less than r components a row."""
+    batch, _, g, r = x1.shape
+    keys_t = segment.keys_t
+    if keys_t.shape[0] == 1 and batch * r >= d:
+        chosen = x1.new_zeros(batch, x1.shape[1], g, d).scatter(3, i1[:, :, None].expand(-1, -1, g, -1), x1)
+        rows = chosen.transpose(0, 1).reshape(x1.shape[1], batch * g, d)
+        return (rows @ keys_t[0].to(x1.dtype)).view(x1.shape[1], batch, g, -1).transpose(0, 1)
+    components = keys_t.expand(batch, -1, -1, -1).gather(2, i1[..., None].expand(-1, -1, -1, keys_t.shape[-1]))
+    return x1 @ components.to(x1.dtype)
+
+
+def _take(parts: list[Tensor], index: Tensor) -> Tensor:
+    """Rows `index` (B, Hkv, k) of tensors (B or 1, Hkv, C_i, d) as if these were joined along C: (B, Hkv, k, d)."""
+    taken = None
+    first = 0
+    for part in parts:
+        place = (index - first).clamp(0, part.shape[2] - 1)[..., None].expand(-1, -1, -1, part.shape[3])
+        rows = part.expand(len(index), -1, -1, -1).gather(2, place)
+        taken = rows if taken is None else torch.where((index >= first)[..., None], rows, taken)
+        first += part.shape[2]
+    assert taken is not None
+    return taken
+
+
+def _accumulator(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def dense_decode(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, stop: Tensor, *, scale: float | None = None) -> Tensor:
+    """One query position a row, every valid token attended to; arguments and result as in `sparq_decode`.
+
+    The query heads of a group become the query rows of one attention over their key-value head: on a CPU that reads the cache
+    four times as fast as scaled_dot_product_attention's enable_gqa. Rows of one extent go together, without a mask.
+    """
+    extents = list(zip(start.tolist(), stop.tolist(), strict=True))
+    if len(set(extents)) == 1:
+        return _dense_rows(q, keys, values, *extents[0], scale)
+    output = torch.empty_like(q)
+    for row, (first, end) in enumerate(extents):
+        one = slice(row, row + 1)
+        output[one] = _dense_rows(q[one], keys[one], values[one], first, end, scale)
+    return output
+
+
+def _dense_rows(q: Tensor, keys: Tensor, values: Tensor, first: int, end: int, scale: float | None) -> Tensor:
+    if end <= first:
+        return torch.zeros_like(q)
+    packed = q.view(q.shape[0], keys.shape[1], -1, q.shape[-1])
+    output = torch.nn.functional.scaled_dot_product_attention(packed, keys[:, :, first:end], values[:, :, first:end], scale=scale)
+    return output.reshape(q.shape)
+
+
+def dense_segments(q: Tensor, segments: list[Segment], *, scale: float | None = None) -> Tensor:
+    """`dense_decode` over segments."""
+    if len(segments) == 1:
+        one = segments[0]
+        return dense_decode(q, one.keys, one.values, one.start, one.stop, scale=scale)
+    raise NotImplementedError
