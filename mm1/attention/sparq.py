@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from mm1.attention.segments import Segment, dense_shared
 
 GROUPS = ("softmax", "logits")
 SUFFIXES = ("sparse", "dense")
@@ -83,25 +84,6 @@ class SparqSettings:
         return max(self.k, (self.dense_below or 0) - 1)
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of cache: keys, values (B, Hkv, C, d), keys_t (B, Hkv, d, C); B may be 1 for a stretch that all rows share.
-
-    Row b's valid slots are start[b] <= s < stop[b] (int64 (B,)); those outside are never read into a result.
-    """
-
-    keys: Tensor
-    keys_t: Tensor
-    values: Tensor
-    start: Tensor
-    stop: Tensor
-
-    def valid(self) -> Tensor:
-        """bool (B, C)."""
-        slots = torch.arange(self.keys.shape[2], device=self.keys.device)
-        return (slots >= self.start[:, None]) & (slots < self.stop[:, None])
-
-
 def sparq_decode(
     q: Tensor,
     keys: Tensor,
@@ -128,54 +110,75 @@ def sparq_decode(
 
 
 @functools.cache
-def _load_backend(device: str) -> Any:
-    """The module for a device, None if there is none or it cannot work here, which is said once."""
-    name = _BACKENDS.get(device)
-    if name is None:
+def _module(device: str) -> Any:
+    """The module for a device, None if there is none."""
+    if device not in _BACKENDS:
         return None
     try:
-        module = importlib.import_module(name)
-        module.load()  # builds what must be built
-    except Exception as error:
-        logging.getLogger(__name__).warning("SparQ attention on %s runs in plain PyTorch, slower: %s", device, error)
-        return None
-    return module
+        return importlib.import_module(_BACKENDS[device])
+    except ImportError as error:
+        return _without(device, error)
+
+
+@functools.cache
+def _ready(device: str) -> bool:
+    """Whether the device's module works here, once it has built what must be built."""
+    try:
+        _module(device).load()
+    except Exception as error:  # a compiler's or a driver's
+        _without(device, error)
+        return False
+    return True
+
+
+def _without(device: str, error: Exception) -> None:
+    logging.getLogger(__name__).warning("SparQ attention on %s runs in PyTorch, slower than it could: %s", device, error)
 
 
 def backend_for(q: Tensor) -> Callable[..., Tensor] | None:
-    """The `sparq_decode` of mm1/attention/sparq_cpu.py or sparq_triton.py, or None where PyTorch does it."""
-    module = _load_backend(q.device.type)
-    return module.sparq_decode if module is not None and module.supports(q) else None
+    """`sparq_decode` of mm1/attention/sparq_cpu.py or sparq_triton.py; None where PyTorch does it, which is said once if it need
+    not be."""
+    device = q.device.type
+    module = _module(device)
+    return module.sparq_decode if module is not None and module.supports(q) and _ready(device) else None
 
 
 def sparq_torch(
     q: Tensor, segments: list[Segment], value_mean: Tensor, settings: SparqSettings, *, scale: float | None = None
 ) -> Tensor:
-    """`sparq_decode` in PyTorch, over one or several segments that follow each other: one ranking over all of them."""
-    lengths = sum((segment.stop - segment.start).clamp(min=0) for segment in segments)
-    assert isinstance(lengths, Tensor)
-    is_dense = lengths <= settings.dense_up_to
-    none, every = not bool(is_dense.any()), bool(is_dense.all())
-    dense = None if none else dense_segments(q, segments, scale=scale)
-    if every:
-        assert dense is not None
-        return dense
-    sparse = _sparse(q, segments, value_mean, settings, q.shape[-1] ** -0.5 if scale is None else scale)
-    return sparse if dense is None else torch.where(is_dense[:, None, None], dense, sparse)
+    """`sparq_decode` in PyTorch, over one segment or over a shared prefix and a suffix, with one ranking over both.
+
+    Two segments' slots outside the valid ones must be finite.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    is_dense = torch.stack([s.stop - s.start for s in segments]).clamp(min=0).sum(0) <= settings.dense_up_to
+    if is_dense.all():
+        return _dense(q, segments, scale)
+    sparse = _sparse(q, segments, value_mean, settings, scale)
+    return torch.where(is_dense[:, None, None], _dense(q, segments, scale), sparse) if is_dense.any() else sparse
 
 
-def _sparse(q: Tensor, segments: list[Segment], value_mean: Tensor, settings: SparqSettings, scale: float) -> Tensor:
-    batch, heads, d = q.shape
-    kv_heads = segments[0].keys.shape[1]
-    x = q.view(batch, kv_heads, heads // kv_heads, d).to(_accumulator(q))
+@dataclass(frozen=True)
+class Selection:
+    """What a step reads: components (B, Hkv, r) of the keys, tokens (B, Hkv, k) whole, in no order; alpha (B, Hkv, g, 1)."""
+
+    components: Tensor
+    tokens: Tensor
+    alpha: Tensor
+
+
+def select(q: Tensor, segments: list[Segment], settings: SparqSettings, scale: float) -> Selection:
+    """Steps 1 to 3 and alpha; tokens are numbered through the segments. Rows must have k valid tokens or more."""
+    d = q.shape[-1]
+    x = q.reshape(len(q), segments[0].keys.shape[1], -1, d).to(_accumulator(q))
 
     # 1. the components of the query that matter, one choice a group
     i1 = x.abs().sum(2).topk(min(settings.r, d), sorted=False).indices
-    x1 = x.gather(3, i1[:, :, None].expand(-1, -1, x.shape[2], -1))
+    x1 = x.gather(3, _each_head(i1, x))
 
     # 2. scores from those components alone; the temperature makes up for the rest
     part, total = x1.abs().sum(-1, keepdim=True), x.abs().sum(-1, keepdim=True)
-    ratio = torch.where(part > 0, part / total, 1.0)  # a head with nothing in i1 scores all tokens 0
+    ratio = torch.where(part > 0, part / total, 1.0)  # a head with nothing in i1 scores all tokens alike
     logits = torch.cat([_component_scores(x1, i1, segment, d) for segment in segments], -1) * (scale * ratio.rsqrt())
     valid = torch.cat([segment.valid() for segment in segments], -1)
     logits = logits.masked_fill(~valid[:, None, None], -math.inf)
@@ -186,24 +189,44 @@ def _sparse(q: Tensor, segments: list[Segment], value_mean: Tensor, settings: Sp
     later = valid.sum(-1, keepdim=True) - valid.cumsum(-1)  # valid tokens after each
     rank = rank.masked_fill((later < settings.window)[:, None], math.inf).masked_fill(~valid[:, None], -math.inf)
     i2 = rank.topk(min(settings.k, rank.shape[-1]), sorted=False).indices
+    return Selection(i1, i2, s_hat.gather(3, _each_head(i2, x)).sum(-1, keepdim=True))
 
-    # 4. exact attention to them
-    keys, values = (_take([getattr(s, name) for s in segments], i2).to(x.dtype) for name in ("keys", "values"))
+
+def _sparse(q: Tensor, segments: list[Segment], value_mean: Tensor, settings: SparqSettings, scale: float) -> Tensor:
+    segments = [_trimmed(segment) for segment in segments]
+    chosen = select(q, segments, settings, scale)
+    x = q.reshape(len(q), segments[0].keys.shape[1], -1, q.shape[-1]).to(_accumulator(q))
+
+    # 4. exact attention to the chosen
+    keys, values = (_take([getattr(s, name) for s in segments], chosen.tokens).to(x.dtype) for name in ("keys", "values"))
     y = (x @ keys.transpose(-1, -2) * scale).softmax(-1) @ values
 
     # 5. what the others would have had goes to the mean value
     if settings.reallocate:
-        alpha = s_hat.gather(3, i2[:, :, None].expand(-1, -1, x.shape[2], -1)).sum(-1, keepdim=True)
-        y = alpha * y + (1 - alpha) * value_mean[:, :, None].to(x.dtype)
-    return y.reshape(batch, heads, d).to(q.dtype)
+        y = chosen.alpha * y + (1 - chosen.alpha) * value_mean[:, :, None].to(x.dtype)
+    return y.reshape(q.shape).to(q.dtype)
+
+
+def _each_head(index: Tensor, x: Tensor) -> Tensor:
+    """A group's choice (B, Hkv, n) for each of its query heads (B, Hkv, g, n)."""
+    return index[:, :, None].expand(-1, -1, x.shape[2], -1)
+
+
+def _trimmed(segment: Segment) -> Segment:
+    """Without the slots that are valid in no row."""
+    first, end = int(segment.start.min()), int(segment.stop.max())
+    keys, values = (tensor[:, :, first:end] for tensor in (segment.keys, segment.values))
+    assert segment.keys_t is not None
+    return Segment(keys, segment.keys_t[..., first:end], values, segment.start - first, segment.stop - first)
 
 
 def _component_scores(x1: Tensor, i1: Tensor, segment: Segment, d: int) -> Tensor:
     """q[i1] K[:, i1]^T (B, Hkv, g, C). A shared segment is read once for all rows where that is less than r components a row."""
     batch, _, g, r = x1.shape
     keys_t = segment.keys_t
+    assert keys_t is not None
     if keys_t.shape[0] == 1 and batch * r >= d:
-        chosen = x1.new_zeros(batch, x1.shape[1], g, d).scatter(3, i1[:, :, None].expand(-1, -1, g, -1), x1)
+        chosen = x1.new_zeros(batch, x1.shape[1], g, d).scatter(3, _each_head(i1, x1), x1)
         rows = chosen.transpose(0, 1).reshape(x1.shape[1], batch * g, d)
         return (rows @ keys_t[0].to(x1.dtype)).view(x1.shape[1], batch, g, -1).transpose(0, 1)
     components = keys_t.expand(batch, -1, -1, -1).gather(2, i1[..., None].expand(-1, -1, -1, keys_t.shape[-1]))
@@ -227,13 +250,23 @@ def _accumulator(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def dense_decode(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, stop: Tensor, *, scale: float | None = None) -> Tensor:
+def dense_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    *,
+    scale: float | None = None,
+    extents: list[tuple[int, int]] | None = None,
+) -> Tensor:
     """One query position a row, every valid token attended to; arguments and result as in `sparq_decode`.
 
     The query heads of a group become the query rows of one attention over their key-value head: on a CPU that reads the cache
-    four times as fast as scaled_dot_product_attention's enable_gqa. Rows of one extent go together, without a mask.
+    four times as fast as scaled_dot_product_attention's enable_gqa. Rows of one extent go together, without a mask. extents:
+    start and stop on the host where they are known there, so that a GPU need not be waited for.
     """
-    extents = list(zip(start.tolist(), stop.tolist(), strict=True))
+    extents = extents or list(zip(start.tolist(), stop.tolist(), strict=True))
     if len(set(extents)) == 1:
         return _dense_rows(q, keys, values, *extents[0], scale)
     output = torch.empty_like(q)
@@ -246,14 +279,13 @@ def dense_decode(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, stop: T
 def _dense_rows(q: Tensor, keys: Tensor, values: Tensor, first: int, end: int, scale: float | None) -> Tensor:
     if end <= first:
         return torch.zeros_like(q)
-    packed = q.view(q.shape[0], keys.shape[1], -1, q.shape[-1])
+    packed = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[-1])
     output = torch.nn.functional.scaled_dot_product_attention(packed, keys[:, :, first:end], values[:, :, first:end], scale=scale)
     return output.reshape(q.shape)
 
 
-def dense_segments(q: Tensor, segments: list[Segment], *, scale: float | None = None) -> Tensor:
-    """`dense_decode` over segments."""
+def _dense(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
     if len(segments) == 1:
-        one = segments[0]
-        return dense_decode(q, one.keys, one.values, one.start, one.stop, scale=scale)
-    raise NotImplementedError
+        return dense_decode(q, segments[0].keys, segments[0].values, segments[0].start, segments[0].stop, scale=scale)
+    prefix, suffix = segments
+    return dense_shared(q[:, :, None], prefix, suffix, suffix.valid()[:, None], scale)[:, :, 0]
