@@ -192,11 +192,11 @@ def test_branches_share_one_prefix_whatever_becomes_of_their_parent() -> None:
 def test_what_cannot_be_shared_is_refused() -> None:
     with pytest.raises(UserError, match="branch\\(0\\)"):
         filled()[0].branch(0)
-    with pytest.raises(UserError, match="one row.* 2 rows"):
+    with pytest.raises(UserError, match=r"one row.* 2 rows"):
         filled(rows=2)[0].branch(2)
-    with pytest.raises(UserError, match="one row.* no rows"):
+    with pytest.raises(UserError, match=r"one row.* no rows"):
         SparqCache([SparqLayer(None)]).branch(2)
-    with pytest.raises(UserError, match="one row.* a branch"):
+    with pytest.raises(UserError, match=r"one row.* a branch"):
         filled()[0].branch(2).branch(2)
     _, layer, _, generator = filled()
     layer.update(*torch.randn(2, 1, HEADS, 2, D, generator=generator))

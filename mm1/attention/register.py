@@ -37,7 +37,7 @@ from mm1.attention.sparq import SparqSettings, dense_decode, sparq_decode, sparq
 NAME = "sparq"
 MOST_ROWS = 16
 """So many new tokens at once are still decoding (a short suffix, speculation); more are a prompt."""
-_UNKNOWN = ("softcap", "position_bias", "s_aux", "sinks", "sliding_window")
+_UNKNOWN = ("softcap", "position_bias", "s_aux", "sinks")
 
 
 def use_sparq(model: Any, settings: SparqSettings | None = None, *, capacity: int = 0) -> SparqCache:
@@ -131,13 +131,13 @@ def sparq_attention(
     for masks that are not boolean, and for what SparQ does not have (soft-capped scores, biases, sinks).
     """
     layer = getattr(key, "sparq_layer", None)
+    for name in _UNKNOWN if layer is None else (*_UNKNOWN, "sliding_window"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} attends with {name}={kwargs[name]}, which attention={NAME} does not have.")
     if layer is None:
         if key.shape[2] > query.shape[2] and kwargs.get("sliding_window") is None:
             raise UserError(f"attention={NAME} decodes from a SparqCache: past_key_values=use_sparq(model, settings).")
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    for name in _UNKNOWN:
-        if kwargs.get(name) is not None:
-            raise UserError(f"{type(module).__name__} attends with {name}={kwargs[name]}, which attention={NAME} does not have.")
     if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1):
         raise UserError(f"attention={NAME} takes a boolean mask, the same for all heads, not {attention_mask.dtype}.")
     try:
