@@ -2,7 +2,7 @@
 
     metrics.jsonl ------------------> loss_curves     training loss a kind of data, smoothed; PNG and SVG
     Table (table.py) ---------------> score_bars      the mean over tasks and each task, with 95 % intervals; PNG and SVG
-    results + the corpus's images --> samples         the *first n items of the plan*, good and bad alike: nothing is picked; PNG
+    results + images --------------> samples         the *first n items of the plan*, good and bad alike: nothing is picked; PNG
 
 Smoothing fits a straight line to the neighbours of each step and takes its value there: a trailing mean would draw a falling loss
 too high, a window that narrows at the end would show its noise. The colours are told apart by colour-blind eyes too (after Okabe
@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import string
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,8 @@ from data_pipelines import paths
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from eval.tasks.pool import TaskData
 
 COLOURS = ("#2f6db3", "#d9722e", "#2e9e7b", "#b2569c", "#c9a11f", "#63b1dd", "#7a7f87")
 INK, MUTED, GRID = "#22262b", "#6b727b", "#e6e8eb"
@@ -224,16 +226,25 @@ def verdict(prediction: str, references: Sequence[str], score: float, kind: str)
 
 
 def samples(
-    run: Run, evaluation: Evaluation, task: str, path: Path, *, n: int = 8, shots: Sequence[int] = (), columns: int = 4
+    run: Run,
+    evaluation: Evaluation,
+    task: str,
+    path: Path,
+    *,
+    n: int = 8,
+    shots: Sequence[int] = (),
+    columns: int = 4,
+    tasks: Mapping[str, TaskData] | None = None,
 ) -> list[Path]:
     """A grid of the first `n` items of the plan: image, question, reference, and what the model said at each number of shots.
 
-    Writes PATH.png and returns it. Raises UserError for an unknown task, or if the corpus is not the one that was evaluated.
+    `tasks`: as evaluated_tasks gives them; None: those of the run's corpus. Writes PATH.png and returns it. Raises UserError for
+    an unknown task, or if the corpus is not the one that was evaluated.
     """
     if task not in evaluation.tasks:
         raise UserError(f"task={task}: {evaluation.folder / 'summary.json'} has {', '.join(evaluation.tasks)}.")
     numbers = list(shots) or sorted({evaluation.shots[0], evaluation.shots[-1]})
-    pool = _pool(run, task)
+    pool = (tasks or evaluated_tasks(run, evaluation))[task].queries
     lines = {k: {str(line["id"]): line for line in evaluation.items(task, k)} for k in numbers}
     chosen = [pool.example(identifier) for identifier in list(lines[numbers[0]])[:n]]
     kind, columns = evaluation.tasks[task].kind, min(columns, len(chosen))
@@ -287,19 +298,24 @@ def _text(example: Any, lines: dict[int, dict[str, dict[str, Any]]], kind: str) 
     return found
 
 
-def _pool(run: Run, task: str) -> Any:
-    """The task's held-out items in the corpus that the run was trained on, checked by fingerprint."""
-    from data_pipelines.shards import Manifest
-    from eval.tasks.corpus import read_tasks
+def evaluated_tasks(
+    run: Run, evaluation: Evaluation, *, datasets: str | None = None, files: Mapping[str, Any] | None = None
+) -> dict[str, TaskData]:
+    """The evaluation's tasks with their held-out items, from the corpus and, with `datasets`, from official files.
 
-    folder = paths.corpus(run.corpus)
-    fingerprint = Manifest.load(folder).fingerprint
-    if fingerprint != run.corpus_fingerprint:
-        raise UserError(
-            f"{folder} is not the corpus of {run.label}: its fingerprint is {fingerprint[:8]}, the run's "
-            f"{run.corpus_fingerprint[:8]}. Prepare the corpus again with the version of the suite that trained the run."
-        )
-    return read_tasks(folder, [task])[0].queries
+    Raises UserError naming what was looked at, if it has not the fingerprint of what was evaluated.
+    """
+    from eval.saved import corpora_of, corpus_fingerprint, find_tasks
+
+    return find_tasks(
+        list(evaluation.tasks),
+        whose=run.label,
+        fingerprint=corpus_fingerprint(evaluation.folder) or run.corpus_fingerprint,
+        corpora=corpora_of(run.folder, run.corpus),
+        datasets=datasets,
+        files=files,
+        shots=evaluation.shots[-1],
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -316,6 +332,8 @@ class PlotsConfig:
     output: str | None = None
     n: int = 8
     log_x: bool = False
+    datasets: str | None = None
+    files: dict[str, Any] = field(default_factory=dict)
 
 
 @command("plots", schema=PlotsConfig)
@@ -327,14 +345,19 @@ def main(config: PlotsConfig) -> None:
                                    None: <home>/tables.
     n=8                            how many items samples show: the first of the plan.
     log_x=true                     steps on a logarithmic axis.
+    datasets=FOLDER                where official files lie, if tasks of the evaluation come from them, as in eval.fewshot; also
+                                   +files.TASK.query.json.images=PATH.
     """
     folder = Path(config.output).expanduser() if config.output else paths.home() / "tables"
     selection = select(config.runs, baseline=config.baseline, evaluation=config.evaluation)
+    first = selection.variants[0]
+    run, evaluation = first.runs[0], first.evaluations[0]
+    tasks = evaluated_tasks(run, evaluation, datasets=config.datasets, files=config.files)
     written = loss_curves([run for v in selection.variants for run in v.runs], folder / "loss", log_x=config.log_x)
     written += score_bars(build(selection, config.shots), folder / "scores")
-    first = selection.variants[0]
-    for task in first.evaluations[0].tasks:
-        written += samples(first.runs[0], first.evaluations[0], task, folder / f"samples_{task}", n=config.n, shots=config.shots)
+    for task in evaluation.tasks:
+        path = folder / f"samples_{task}"
+        written += samples(run, evaluation, task, path, n=config.n, shots=config.shots, tasks=tasks)
     print("\n".join(map(str, written)))
 
 

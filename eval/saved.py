@@ -208,12 +208,19 @@ def open_tasks(
     )
 
 
+def corpus_fingerprint(folder: Path) -> str | None:
+    """Of the data that an evaluation's plan was made on; None where no plan says so."""
+    plan = (_load(folder / "plan.json") if (folder / "plan.json").is_file() else {}).get("plan")
+    return plan.get("corpus_fingerprint") if isinstance(plan, dict) else None
+
+
 def corpora_of(run_folder: Path, name: str) -> list[Path]:
-    """Where the corpus of this name may lie: the run's own, and the one in the home. `name` may be CORPUS+DATASETS."""
+    """Where the corpus may lie: where the run's record says, or under `name` (of a plan: CORPUS+DATASETS) in the home."""
     from mm1.run import Run
 
-    own = [Run(run_folder).corpus] if (run_folder / "config.yaml").is_file() else []
-    return list(dict.fromkeys([*own, paths.corpus(name.partition("+")[0])]))
+    recorded = Run(run_folder).info.get("corpus")
+    own = [str(recorded["name"])] if isinstance(recorded, dict) and "name" in recorded else []
+    return list(dict.fromkeys(map(paths.corpus, [*own, name.partition("+")[0]])))
 
 
 def find_tasks(
