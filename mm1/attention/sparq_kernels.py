@@ -93,7 +93,8 @@ def _chunk_keys(
     """(uint32 keys (N,), int32 tokens (N,)) of slots first <= s < first + N; 0 outside begin <= s < end.
 
     FROM_LOGITS: the group's score is formed from the logits (rows, G, length); SOFTMAX: the sum of softmaxes, which for one head
-    has the order of its logits. Otherwise slots are candidates: keys in `logits` (rows, length), tokens in `indices`.
+    has the order of its logits and is left to them (for several, what is below 1e-38 of all counts as equal). Otherwise slots are
+    candidates: keys in `logits` (rows, length), tokens in `indices`.
     """
     slot = first + tl.arange(0, N)
     inside = slot < length
@@ -278,8 +279,8 @@ def finish_kernel(
             score = tl.load(logits + head[:, None] * logits_length + token[None, :], scored, other=float("-inf"))
             alpha += tl.sum(tl.exp2(score - level[:, None]), 1)
     result = output / tl.where(total > 0, total, 1.0)[:, None]
-    if SPARSE and REALLOCATE:
-        if sparse:  # noqa: SIM102  (the first is decided by the compiler)
+    if SPARSE and REALLOCATE:  # noqa: SIM102  (decided by the compiler, unlike the next)
+        if sparse:
             average = tl.load(mean + row * D + component, component < D, other=0.0)
             result = alpha[:, None] * result + (1.0 - alpha)[:, None] * average[None, :]
     out += (batch * KV_HEADS + kv_head) * G * D

@@ -172,7 +172,7 @@ def warm_up(
     """Compiles the kernels for each shape and keeps the plan that is fastest with full caches, for all shapes of its class.
 
     One field of the plan after the other is varied (sparq_plan.variations) and the best value kept: some 25 plans a shape,
-    most of the time compilation. To be called before a CUDA graph is captured. measure: microseconds of a function (default `cold_time`).
+    mostly compilation. To be called before a CUDA graph is captured. measure: microseconds of a function (`cold_time`).
     """
     measure = measure or cold_time
     chosen = {}
