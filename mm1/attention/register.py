@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 from configs.errors import UserError
 from mm1.attention.cache import Prefix, SparqCache, SparqLayer
 from mm1.attention.segments import dense_shared
-from mm1.attention.sparq import SparqSettings, dense_decode, sparq_decode, sparq_torch
+from mm1.attention.sparq import SparqSettings, dense_decode, sparq_decode, sparq_shared
 
 NAME = "sparq"
 MOST_ROWS = 16
@@ -181,8 +181,8 @@ def _attend(
         if prefix is None:
             outputs.append(sparq_decode(q, layer.keys, layer.keys_t, layer.values, start, stop, mean, settings, scale=scale))
         else:
-            segments = [prefix.segment(batch), layer.segment(start, stop)]
-            outputs.append(sparq_torch(q, segments, mean, settings, scale=scale))
+            own = layer.segment(start, stop)
+            outputs.append(sparq_shared(q, prefix.segment(batch), own, mean, settings, scale=scale))
     output = torch.stack(outputs, 1)
     if n > 1:  # a short row in a batch of longer ones attends as it would by itself
         short = [[end - first + before <= settings.dense_up_to for first, end in row] for row in extents.host]
