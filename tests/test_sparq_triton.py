@@ -33,7 +33,6 @@ from mm1.attention.sparq_plan import Plan, Shape, default_plan, tournament  # no
 
 KERNELS = ("score_kernel", "select_kernel", "finish_kernel")
 INTERPRETED = sparq_triton.INTERPRETED
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
 Launch = tuple[str, tuple[int, ...], tuple[Any, ...], dict[str, Any]]
 
 
@@ -142,8 +141,9 @@ CASES = {
 }
 
 
-@interpreted
 class TestDecode:
+    __test__ = INTERPRETED  # collected by test_in_the_interpreter's process only
+
     @pytest.mark.parametrize("name", CASES)
     def test_equals_pytorch(self, name: str) -> None:
         d, g, capacity, extents, wanted, dtype, shares, chunk = CASES[name]
@@ -237,8 +237,9 @@ def best(scores: list[float], k: int, window: int, begin: int, end: int) -> set[
 NUMBERS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, 3.4e38, -3.4e38, float("inf"), float("-inf")])
 
 
-@interpreted
 class TestSelect:
+    __test__ = INTERPRETED  # collected by test_in_the_interpreter's process only
+
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(st.data(), st.lists(NUMBERS | st.floats(width=32, allow_nan=False), min_size=1, max_size=70))
     @example(None, [0.5] * 40)
@@ -288,8 +289,9 @@ class TestSelect:
             sparq_triton.select(torch.zeros(1, 20), k, window=window)
 
 
-@interpreted
 class TestHost:
+    __test__ = INTERPRETED  # collected by test_in_the_interpreter's process only
+
     def test_launches(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As the module's docstring counts them."""
         launches = recorded(monkeypatch)
@@ -353,6 +355,51 @@ class TestHost:
         with pytest.raises(ValueError, match=f"{name}: torch"):
             sparq_triton.sparq_decode_triton(*step.values(), wanted)
 
+    def test_the_benchmark(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Every row of benchmarks/sparq_cuda.py on small shapes, with a clock that stands still."""
+        from benchmarks import sparq_cuda
+
+        tuned = []
+        monkeypatch.setattr(sparq_triton, "warm_up", lambda shapes, *_: tuned.extend(shapes) or dict.fromkeys(shapes))
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        monkeypatch.setattr(sparq_cuda, "DECODE", {"b2": (2, 4, 2, 64, 8), "mha": (1, 2, 2, 48, 8)})
+        monkeypatch.setattr(sparq_cuda, "SELECT", {"select": (3, 100, 7)})
+        monkeypatch.setattr(sparq_cuda, "OFFICIAL", {"official": (1, 32, 4)})
+        monkeypatch.setattr(sparq_cuda, "HEAD", 16)
+        monkeypatch.setattr(sparq_cuda, "HEADS", 2)
+        monkeypatch.setattr(sparq_cuda, "R", 4)
+        (tmp_path / "inner").mkdir()
+        theirs = (
+            "def sparq_attn(Q, K1, K2, V, V_mean, k1, k2, gather_matmul):\n    return (Q @ K1.transpose(2, 3)) @ V + V_mean\n"
+        )
+        (tmp_path / "inner" / "sparq_benchmark.py").write_text(theirs)
+        monkeypatch.delitem(sys.modules, "sparq_benchmark", raising=False)
+
+        def clock(work: Any) -> float:
+            work()
+            return 2.0
+
+        found = list(sparq_cuda.rows(1, official=tmp_path, device="cpu", measure=clock))
+        assert [row.case for row in found] == ["b2", "mha", "select", "official"]
+        assert [shape.capacity for shape in tuned] == [64, 48, 32]
+        assert [row.bytes for row in found] == [
+            4 * ((64 * 4 + 2 * 8 * 16) * 2 + 2 * 2 * 16 * 2 + 4 * 16),
+            2 * ((48 * 4 + 2 * 8 * 16) * 2 + 1 * 2 * 16 * 2 + 4 * 16),
+            4 * 3 * (100 + 7),
+            2 * ((32 * 4 + 2 * 4 * 16) * 2 + 1 * 2 * 16 * 2 + 4 * 16),
+        ]
+        for row in found:
+            assert row.unit == "us"
+            assert row.ratio == row.peer / row.ours
+            assert row.limit == pytest.approx(row.bytes / 3e6)
+        errors = capsys.readouterr().err
+        for name in ("SDPA flash: ", "SDPA flash, packed: ", "SDPA cudnn: RuntimeError", "flex_attention: ", "torch.topk: "):
+            assert name in errors
+        with pytest.raises(UserError, match="no sparq_benchmark"):
+            list(sparq_cuda.rows(1, ["official"], tmp_path / "inner" / "none", device="cpu", measure=clock))
+        with pytest.raises(UserError, match="--official"):
+            list(sparq_cuda.rows(1, ["official"], device="cpu", measure=clock))
+
     def test_refuses_a_k_too_large_to_select(self) -> None:
         wanted = SparqSettings(4, 20000, local=1000)
         ours = sparq_triton.random_step(a_shape(16, 1, 20001, wanted), torch.device("cpu"))
@@ -367,11 +414,17 @@ class TestHost:
 @pytest.mark.parametrize("capacity", [1, 17, 4096, 131072, 1 << 20])
 @pytest.mark.parametrize("rows", [(1, 8), (64, 32)])
 @pytest.mark.parametrize("k", [1, 128, 8000])
-def test_default_plans_are_possible(rows: tuple[int, int], capacity: int, processors: int, k: int) -> None:
-    shape = Shape(rows[0], 32, rows[1], 128, capacity, BRAIN, SparqSettings(32, k))
+@pytest.mark.parametrize(("d", "r", "dtype"), [(128, 32, BRAIN), (256, 128, HALF), (512, 512, SINGLE)])
+def test_default_plans_are_possible(
+    rows: tuple[int, int], capacity: int, processors: int, k: int, d: int, r: int, dtype: torch.dtype
+) -> None:
+    """Powers of two, rounds that end in one block, tiles that fit into a block's shared memory (228 KiB on Hopper)."""
+    shape = Shape(rows[0], 32, rows[1], d, capacity, dtype, SparqSettings(r, k))
     plan = default_plan(shape, processors)
     cuts = {name: number for name, number in asdict(plan).items() if not name.endswith("stages")}
     assert all(number & (number - 1) == 0 < number for number in cuts.values())
+    assert r * plan.score_block * plan.score_stages * dtype.itemsize <= 160 << 10
+    assert 2 * d * plan.finish_block * plan.finish_stages * dtype.itemsize <= 160 << 10
     rounds = tournament(shape, plan) if shape.sparse else []
     length = capacity
     for size, chunks in rounds:

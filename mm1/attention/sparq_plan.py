@@ -84,7 +84,9 @@ def default_plan(shape: Shape, processors: int) -> Plan:
 
     Raises UserError where k is too large to select.
     """
-    score_block = min(256 if shape.dtype.itemsize == 2 else 128, power_of_2(shape.capacity, 16))
+    size, d, r = shape.dtype.itemsize, power_of_2(shape.head_size, 16), power_of_2(min(shape.settings.r, shape.head_size), 16)
+    score_block, score_stages = _fitting(min(256, power_of_2(shape.capacity, 16)), 4, r * size)
+    finish_block, finish_stages = _fitting(64, 2, 2 * d * size)
     blocks = -(-shape.capacity // score_block)
     shares = min(power_of_2(blocks), max(1, power_of_2(4 * processors // shape.rows + 1) // 2))
     chunk = min(LARGEST_CHUNK // 2, power_of_2(shape.capacity, 16))  # see warps_for
@@ -94,13 +96,23 @@ def default_plan(shape: Shape, processors: int) -> Plan:
         shares=shares,
         score_block=score_block,
         score_warps=4,
-        score_stages=4,
+        score_stages=score_stages,
         chunk=chunk_for(shape, chunk),
         select_warps=4,
-        finish_block=64 if shape.head_size <= 128 else 32,
+        finish_block=finish_block,
         finish_warps=4,
-        finish_stages=2,
+        finish_stages=finish_stages,
     )
+
+
+def _fitting(block: int, stages: int, bytes_a_token: int) -> tuple[int, int]:
+    """The block of tokens, and its stages, made smaller until they take 96 KiB of shared memory, so that two blocks fit a
+    processor of 228 KiB."""
+    while block > 16 and block * stages * bytes_a_token > 96 << 10:
+        block //= 2
+    while stages > 1 and block * stages * bytes_a_token > 96 << 10:
+        stages -= 1
+    return block, stages
 
 
 def chunk_for(shape: Shape, chunk: int) -> int:

@@ -204,7 +204,7 @@ def random_step(shape: Shape, device: torch.device) -> Step:
     q, keys, values = make((shape.batch, shape.heads, shape.head_size)), make(cache), make(cache)
     start = torch.zeros(shape.batch, dtype=torch.int64, device=device)
     stop = torch.full_like(start, shape.capacity)
-    return q, keys, keys.transpose(2, 3).contiguous(), values, start, stop, values.float().mean(2)
+    return q, keys, keys.transpose(2, 3).contiguous(), values, start, stop, values.mean(2, dtype=torch.float32)
 
 
 def cold_time(work: Callable[[], object], repeats: int = 5, calls: int = 20) -> float:
