@@ -122,8 +122,8 @@ function summary() {
       h(
         "figcaption",
         {},
-        (PAIR ? "differences B \u2212 A of all items, none in grey" : "scores of all items, zeros in red") +
-          "; click a bar to see its items",
+        (PAIR ? "differences B \u2212 A of all, none in grey" : "scores of all, zeros in red") +
+          "; click a bar for its items",
       ),
     ),
   );
