@@ -1,6 +1,6 @@
 """Few-shot evaluation: a trained run -> answers, scores and error bars at 0, 4 and 8 shots.
 
-    run -> corpus's tasks -> plan (plan.py) -> prompts (prompts.py, controls.py) -> answers (generate.py) -> scores (results.py)
+    run -> tasks -> plan (plan.py) -> prompts (prompter.py) -> answers (workers.py, generate.py) -> scores (results.py)
 
 Everything left of the answers is a pure function of the corpus and the settings and needs no torch, so that an evaluation found
 finished is printed in a second.
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,14 @@ from omegaconf import MISSING
 from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
-from eval.controls import IMAGES, Show, show_plainly, show_shuffled
+from eval.controls import IMAGES
 from eval.nearest import EncoderFeatures
 from eval.plan import make_plan
-from eval.prompts import PROMPTS, build_prompt, options
-from eval.results import REFERENCES_KEY, Results, render
-from eval.tasks.example import Example
+from eval.results import Results, render
 from eval.tasks.official.presence import check_compared, check_images
-from eval.tasks.pool import Pool, TaskData
 from eval.tasks.settings import load_settings
 from eval.tasks.sources import read_sources, split_names
-
-SMALL_MODEL = 50_000_000
-"""Parameters below which one CPU thread decodes fastest: a step's matrices are too small to share, and on a machine with other
-work the threads wait for each other at every one of them (measured with 5.6M parameters, 2 busy cores: 4 times slower with
-two)."""
+from eval.workers import Cell, Encoded, messages
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,6 +53,10 @@ class EvalConfig:
     demonstration_seed: int | None = None
     """Other demonstrations for the same sample of queries; null: seed."""
     device: str = "auto"
+    processes: int | None = None
+    """That answer side by side; null: one a GPU, one on a CPU."""
+    image_memory_gb: int = 2
+    """GB of encoded images that each process keeps in memory; the others wait in a file of the results' folder."""
     dtype: str = "float32"
     threads: int | None = None
     """On a CPU; null: one for models under SMALL_MODEL parameters, else torch's own choice."""
@@ -81,6 +77,10 @@ class EvalConfig:
             raise UserError(f"images={self.images}: choose from {', '.join(IMAGES)}.")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: give a number from 1 up.")
+        if self.processes is not None and self.processes < 1:
+            raise UserError(f"processes={self.processes}: give a number from 1 up, or null.")
+        if self.image_memory_gb < 1:
+            raise UserError(f"image_memory_gb={self.image_memory_gb}: give a number from 1 up.")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads={self.threads}: give a number from 1 up, or null.")
         if self.dtype not in DTYPES:
@@ -197,41 +197,6 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
     return target, results
 
 
-class Prompter:
-    """Builds a task's requests as the plan and the control say."""
-
-    def __init__(self, results: Results, task: TaskData) -> None:
-        self.task, self.plan, self.control = task, results.plan.tasks[task.name], results.control
-        self.template = PROMPTS[results.settings[task.name].prompts][task.kind]
-        show: Show = show_shuffled(task, results.plan.seed) if self.control == "shuffled" else show_plainly
-        # Pools are small or their images repeat as demonstrations: keep what was read, and share its bytes.
-        self._show = lru_cache(maxsize=4096)(show)
-
-    def examples(self, query: str, shots: int) -> tuple[Example, list[Example]]:
-        """(the query, its `shots` demonstrations) as shown."""
-        asked = self._show(self.task.queries, query)
-        if self.task.support is None:
-            return asked, list(asked.demonstrations[:shots])
-        support: Pool = self.task.support
-        return asked, [self._show(support, name) for name in self.plan.shown(query, shots)]
-
-    def request(self, query: str, shots: int) -> Any:
-        from eval.generate import Request
-
-        asked, demonstrations = self.examples(query, shots)
-        parts = build_prompt(self.template, demonstrations, asked, with_images=self.control != "none")
-        return Request(parts, options(self.template, asked.names))
-
-    def record(self, query: str, shots: int, answer: Any) -> dict[str, Any]:
-        """One line of the results, still without its score."""
-        asked = self._show(self.task.queries, query)
-        record: dict[str, Any] = {"id": query, "cluster": asked.image_id, "prediction": answer.text}
-        record[REFERENCES_KEY[self.task.kind]] = list(asked.references)
-        if asked.names:
-            record["options"] = {name: round(value, 6) for name, value in zip(asked.names, answer.options, strict=True)}
-        return record | {"demonstrations": self.plan.shown(query, shots), "logprob": round(answer.logprob, 6)}
-
-
 def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
     """Evaluate what is not finished yet; returns (summary, results folder)."""
     target, results = prepare(config)
@@ -242,47 +207,33 @@ def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
         return results.summarise(), results.folder
 
 
-def _answer(config: EvalConfig, target: Target, results: Results, remaining: list[tuple[str, int]]) -> None:
-    import torch
+def _answer(config: EvalConfig, target: Target, results: Results, remaining: list[Cell]) -> None:
     from tqdm import tqdm
 
-    from eval.generate import Generator, ImageFeatures, load_model
-
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(target.export, device, config.dtype)
-    if device == "cpu" and (config.threads or model.num_parameters() < SMALL_MODEL):
-        torch.set_num_threads(config.threads or 1)
-    features = ImageFeatures(model, device)
-    prompters = {name: Prompter(results, task) for name, task in results.tasks.items()}
-    for image, name in _images(results, prompters):
-        features.register(image, name)
-    items = {name: len(plan.queries) for name, plan in results.plan.tasks.items()}
+    done = {cell: set(results.answered(*cell)) for cell in remaining}
+    missing = {cell: len(results.plan.tasks[cell[0]].queries) for cell in remaining}
     # A prompt's cost goes with its images, so the bar counts those: its estimate then holds over tasks and shots alike.
-    with tqdm(total=sum(items[task] * (shots + 1) for task, shots in remaining), unit="img", file=sys.stderr) as bar:
-        for task, shots in remaining:
+    total = sum(count * (shots + 1) for (_, shots), count in missing.items())
+    images = tqdm(unit="img", desc="encoding images", file=sys.stderr, leave=False)
+    with images, closing(messages(config, target, results, done)) as received:
+        bar: tqdm | None = None
+        for message in received:
+            if isinstance(message, Encoded):
+                images.update(message.images)
+                continue
+            if bar is None:
+                images.close()
+                bar = tqdm(total=total, unit="img", desc="answering", file=sys.stderr)
+            (task, shots), found = message.cell, {record["id"] for record in message.records}
+            results.append(task, shots, message.records)
             bar.set_description(f"{task}, {shots}-shot")
-            settings, prompter = results.settings[task], prompters[task]
-            generator = Generator(model, tokenizer, features, stop=settings.stop, max_new_tokens=settings.max_new_tokens)
-            queries = results.plan.tasks[task].queries
-            requests = [prompter.request(query, shots) for query in queries]
-            done = results.answered(task, shots)
-            for batch in generator.batches(requests, config.batch_size):
-                if any(queries[i] not in done for i in batch):
-                    answers = generator.answer([requests[i] for i in batch])
-                    records = [prompter.record(queries[i], shots, answer) for i, answer in zip(batch, answers, strict=True)]
-                    results.append(task, shots, [record for record in records if record["id"] not in done])
-                bar.update(len(batch) * (shots + 1))
-            results.finish(task, shots)
-
-
-def _images(results: Results, prompters: dict[str, Prompter]) -> Iterator[tuple[bytes, str]]:
-    """Every image of the evaluation with a name for errors, in an order that the plan alone decides."""
-    if results.control == "none":
-        return
-    for task, prompter in prompters.items():
-        shown = [prompter.examples(query, results.plan.shots[-1]) for query in results.plan.tasks[task].queries]
-        yield from ((asked.image, f"task {task}, item {asked.id}") for asked, _ in shown)
-        yield from ((d.image, f"task {task}, demonstration {d.id}") for _, demonstrations in shown for d in demonstrations)
+            bar.update(message.images)
+            done[task, shots] |= found
+            if len(done[task, shots]) == missing[task, shots] and not results.finished(task, shots):
+                results.finish(task, shots)
+        if bar is not None:
+            bar.close()
+    results.features.unlink(missing_ok=True)
 
 
 @command("eval", schema=EvalConfig)
@@ -298,7 +249,7 @@ def main(config: EvalConfig) -> None:
     images=true           shuffled or none: controls that show whether the model looks at its images
     demonstrations=per_query   or fixed: the same ones before every query; nearest: the most similar images, nearest_by=RUN's eyes
     demonstration_seed=null    other demonstrations for the same queries; tables show the spread of several
-    batch_size=16 device=auto dtype=float32 threads=null seed=0 prompts=null vqa_metric=null task_corpus=null
+    batch_size=16 device=auto processes=null dtype=float32 threads=null seed=0 prompts=null vqa_metric=null task_corpus=null
 
     Interrupted, it goes on where it stopped; finished, it prints what is there.
     """

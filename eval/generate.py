@@ -1,55 +1,120 @@
-"""Answers from a model: batched greedy decoding with a KV cache, every distinct image encoded once.
+"""Answers from a model: batched greedy decoding with a KV cache, what many prompts begin with computed once.
 
-    prompts -> ids, sorted by length -> left-padded batches -> prefill -> one token a step for the rows still going -> text up
-    to a stop
+    prompts -> ids, split before the query's own image -> batches of one beginning, or of similar length, left-padded
+    beginning (its demonstrations) -> cache -> query -> one token a step for the rows still going -> text up to a stop
 
-A row is done at end-of-text, at a stop string or at its token limit, and then leaves the batch, its cache with it. Padding is
-masked and positions count real tokens only, so a prompt's answer does not depend on which others it shares a batch with.
-
-Images are encoded in fixed groups, in the order in which they were registered, and kept up to a memory budget. Were they
-encoded as batches happen to need them, a resumed evaluation would group them differently and floating-point sums could differ
-in the last bit.
+A row is done at end-of-text, at a stop string or at its token limit. Padding is masked and positions count real tokens only, so a
+prompt's answer does not depend on which others it shares a batch with. With the answer come three numbers (nats): its
+length-normalised log-probability, the mean entropy of the distributions its tokens were taken from, and its image gain: how much
+less likely the same answer is, per token, once the query's image is taken out of the prompt.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from data_pipelines.images import decode_image
-from data_pipelines.tokens import encode_parts, load_tokenizer
+from data_pipelines.tokens import Encoder, load_tokenizer
+from eval.features import ImageFeatures
 from eval.prompts import Part
 
 if TYPE_CHECKING:
     import torch
 
-IMAGE_GROUP = 8
-FEATURE_BUDGET = 2_000_000_000
-"""Bytes of image tokens kept on the device."""
+    from mm1.attention.sparq import SparqSettings
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and the continuations to compare (binding) where there are any."""
+    """A prompt, its images as bytes or as their numbers in ImageFeatures; and the continuations to compare (binding), if any."""
 
-    parts: list[Part]
+    parts: Sequence[Part]
     options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
     """`text`: cut at the stop, stripped. `logprob`: mean natural-log probability of the tokens generated, the ending one
-    included. `options`: summed log-probability of each of the request's continuations."""
+    included; `entropy`: mean entropy of their distributions; `image_gain`: mean log-probability less that without the query's
+    image (None for a prompt without images); all in nats. `options`: summed log-probability of each of the request's
+    continuations."""
 
     text: str
     logprob: float
+    entropy: float
+    image_gain: float | None
     options: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request as token ids (T,), with the first position of each image's tokens, split into `ids[:split]`, which it may share
+    with others, and the rest."""
+
+    ids: list[int]
+    starts: list[int]
+    images: list[int]
+    options: tuple[str, ...]
+
+    @property
+    def split(self) -> int:
+        """Where the query's own image begins: the last one."""
+        return self.starts[-1] if self.starts else 0
+
+    @property
+    def beginning(self) -> bytes:
+        """Equal for prompts that begin alike."""
+        return hashlib.blake2b(repr((self.ids[: self.split], self.images[:-1])).encode(), digest_size=16).digest()
+
+
+@dataclass
+class State:
+    """Rows in the midst of decoding: their cache, which of its slots are real (B, n), and the float32 log-probabilities of the
+    next token (B, V)."""
+
+    cache: Any
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+
+    def copy(self) -> State:
+        return State(copy.deepcopy(self.cache), self.mask, self.logprobs)
+
+    def branch(self, rows: int) -> State:
+        """`rows` rows that go on from this single one, which stays; a cache that can branch stores it once for all."""
+        if hasattr(self.cache, "branch"):
+            cache = self.cache.branch(rows)
+        else:
+            cache = copy.deepcopy(self.cache)
+            cache.batch_repeat_interleave(rows)
+        return State(cache, self.mask.expand(rows, -1), self.logprobs.expand(rows, -1))
+
+
+@dataclass
+class Reading:
+    """A batch before its answers: `state`, all rows having read their prompts. For the image gain, `begun`: the rows at a point
+    before their queries' images (None for prompts without images), and `contexts`: embeddings (n, D) of what follows that point
+    in each row, its query's image left out."""
+
+    state: State
+    begun: State | None
+    contexts: list[torch.Tensor]
+
+
+@dataclass
+class _Greedy:
+    """A row's greedy continuation so far."""
+
+    tokens: list[int]
+    text: str = ""
+    logprob: float = 0.0
+    entropy: float = 0.0
 
 
 def load_model(export: Path, device: str, dtype: str) -> tuple[Any, Any]:
@@ -75,126 +140,204 @@ def load_model(export: Path, device: str, dtype: str) -> tuple[Any, Any]:
     return model.eval().to(torch.device(device)), load_tokenizer(export)
 
 
-class ImageFeatures:
-    """Image tokens (M, D) by content; see the module docstring for why groups are fixed."""
+def caches(model: Any, settings: SparqSettings | None = None) -> Callable[[], Any]:
+    """What makes the model's caches, and its decoder's attention set to go with them: SparQ's with `settings`; without, dense
+    attention from the same cache, whose rows can share a beginning. A decoder that does not attend to everything everywhere keeps
+    its own attention and transformers' cache; with `settings` that is a UserError."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import get_layer_types_and_kwargs
 
-    def __init__(self, model: Any, device: str, budget: int = FEATURE_BUDGET) -> None:
-        self.model, self.device, self.budget = model, device, budget
-        self.encoded = 0
-        """Images encoded so far; equals the distinct ones unless the budget is too small for them."""
-        self._number: dict[bytes, int] = {}
-        self._group_of: list[int] = []
-        self._groups: list[list[tuple[int, bytes, str]]] = []
-        self._sealed = 0
-        self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
+    from mm1.attention.register import attention_name, decoder_of, make_cache
 
-    def register(self, image: bytes, name: str = "image") -> int:
-        """Give an image its place in the fixed order; the same bytes keep the place they have."""
-        digest = hashlib.blake2b(image, digest_size=16).digest()
-        if digest not in self._number:
-            number = self._number[digest] = len(self._group_of)
-            # A group that was encoded is closed: what comes later must not make it a different one.
-            if len(self._groups) == self._sealed or len(self._groups[-1]) == IMAGE_GROUP:
-                self._groups.append([])
-            self._groups[-1].append((number, image, name))
-            self._group_of.append(len(self._groups) - 1)
-        return self._number[digest]
-
-    def get(self, images: Sequence[bytes]) -> torch.Tensor | None:
-        """(N, M, D) on the device, or None for no images."""
-        import torch
-
-        if not images:
-            return None
-        return torch.stack([self._one(number) for number in [self.register(image) for image in images]])
-
-    def _one(self, number: int) -> torch.Tensor:
-        import torch
-
-        if number not in self._kept:
-            place = self._group_of[number]
-            self._sealed = max(self._sealed, place + 1)
-            group = self._groups[place]
-            size = self.model.config.image_size
-            pixels = torch.stack([decode_image(data, size, name=name) for _, data, name in group])
-            features = self.model.encode_images(pixels.to(self.device))
-            self.encoded += len(group)
-            self._kept |= {member: feature.clone() for (member, _, _), feature in zip(group, features, strict=True)}
-            most = max(IMAGE_GROUP, self.budget // (features[0].numel() * features.element_size()))
-            while len(self._kept) > most:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(number)
-        return self._kept[number]
+    decoder = decoder_of(model)
+    types, _ = get_layer_types_and_kwargs(decoder.config.get_text_config(decoder=True))
+    if settings is None and set(types) != {"full_attention"}:
+        return DynamicCache
+    decoder.set_attn_implementation(attention_name(settings))
+    return partial(make_cache, model, settings)
 
 
 class Generator:
     """Greedy decoding of requests that share stops and a token limit."""
 
-    def __init__(self, model: Any, tokenizer: Any, features: ImageFeatures, *, stop: Sequence[str], max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        features: ImageFeatures,
+        *,
+        stop: Sequence[str],
+        max_new_tokens: int,
+        new_cache: Callable[[], Any] | None = None,
+    ) -> None:
+        """`new_cache` makes an empty cache for a batch; by default `caches(model)`."""
+        import torch
+
         self.model, self.tokenizer, self.features = model, tokenizer, features
         self.stop, self.max_new_tokens = tuple(stop), max_new_tokens
         self.device = features.device
-        vocabulary = len(tokenizer)
+        self.new_cache = new_cache or caches(model)
+        self._encoder = Encoder(tokenizer, model.config.num_image_tokens)
+        # What the tokeniser cannot say, and image and padding marks, are no answer.
+        width = model.get_output_embeddings().weight.shape[0]
+        self._impossible = torch.arange(width, device=self.device) >= len(tokenizer)
         never = {tokenizer.convert_tokens_to_ids("<image>"), tokenizer.pad_token_id} - {tokenizer.eos_token_id, None}
-        self._never = sorted(never)
-        self._vocabulary = vocabulary
+        self._impossible[sorted(never)] = True
+        self._beginning: tuple[bytes, State] | None = None
 
-    def encode(self, request: Request) -> tuple[list[int], list[int]]:
-        """(ids, first position of each image's tokens); an empty prompt (0-shot without images) is a document's beginning:
-        end-of-text."""
-        ids, starts = encode_parts(request.parts, self.tokenizer, self.model.config.num_image_tokens)
-        return ids or [self.tokenizer.eos_token_id], starts
+    def encode(self, request: Request | Prompt) -> Prompt:
+        """An empty prompt (0-shot without images) is a document's beginning: end-of-text."""
+        if isinstance(request, Prompt):
+            return request
+        ids, starts = self._encoder(request.parts)
+        shown = [part for part in request.parts if not isinstance(part, str)]
+        images = [part if isinstance(part, int) else self.features.register(part) for part in shown]
+        assert len(starts) == len(images), f"{len(starts)} image marks for {len(images)} images"
+        return Prompt(ids or [self.tokenizer.eos_token_id], starts, images, request.options)
 
-    def batches(self, requests: Sequence[Request], batch_size: int) -> list[list[int]]:
-        """Positions of `requests` in batches of similar length, longest first: what does not fit in memory fails at once."""
-        lengths = [len(self.encode(request)[0]) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (-lengths[i], i))
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    def batches(self, requests: Sequence[Request | Prompt], batch_size: int) -> list[list[int]]:
+        """Positions of `requests` in batches: first those whose beginning nobody shares, the longest first, so that what does not
+        fit in memory fails at once; then those of one beginning together."""
+        prompts = [self.encode(request) for request in requests]
+        beginnings = [prompt.beginning if prompt.split else b"" for prompt in prompts]
+        shared = {key for key, count in Counter(beginnings).items() if key and count > 1}
+        groups: dict[bytes, list[int]] = {b"": []}
+        for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].ids), i)):
+            groups.setdefault(beginnings[i] if beginnings[i] in shared else b"", []).append(i)
+        return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
-    def run(self, requests: Sequence[Request], batch_size: int) -> Iterator[tuple[list[int], list[Answer]]]:
+    def run(self, requests: Sequence[Request | Prompt], batch_size: int) -> Iterator[tuple[list[int], list[Answer]]]:
         """Yield (positions, their answers) batch by batch."""
-        for batch in self.batches(requests, batch_size):
-            yield batch, self.answer([requests[i] for i in batch])
+        prompts = [self.encode(request) for request in requests]
+        for batch in self.batches(prompts, batch_size):
+            yield batch, self.answer([prompts[i] for i in batch])
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+    def answer(self, requests: Sequence[Request | Prompt]) -> list[Answer]:
         """One batch. Raises UserError if a prompt is longer than the decoder's positions."""
         import torch
 
+        prompts = [self.encode(request) for request in requests]
+        self._check_length(max(len(prompt.ids) for prompt in prompts))
+        answers: dict[int, Answer] = {}
         with torch.inference_mode():
-            return self._answer(requests)
+            for rows in self._alike(prompts):
+                answers |= zip(rows, self._answer([prompts[row] for row in rows]), strict=True)
+        return [answers[row] for row in range(len(prompts))]
 
-    def _answer(self, requests: Sequence[Request]) -> list[Answer]:
+    @staticmethod
+    def _alike(prompts: list[Prompt]) -> list[list[int]]:
+        """Rows that `_read` can read together: those with the same kind of beginning; of different beginnings, such as keep some
+        of theirs when as many tokens are set apart of each as the longest query has."""
+        with_images = [row for row, prompt in enumerate(prompts) if prompt.split]
+        groups = [
+            [row for row, prompt in enumerate(prompts) if not prompt.images],
+            [row for row, prompt in enumerate(prompts) if prompt.images and not prompt.split],
+        ]
+        if len({prompts[row].beginning for row in with_images}) == 1:
+            groups.append(with_images)
+        else:
+            for row in with_images:
+                joined = [*groups[-1], row]
+                most = max(len(prompts[i].ids) - prompts[i].split for i in joined)
+                if len(groups) == 2 or min(len(prompts[i].ids) for i in joined) <= most:
+                    groups.append([])
+                groups[-1].append(row)
+        return [group for group in groups if group]
+
+    def _answer(self, prompts: list[Prompt]) -> list[Answer]:
+        reading = self._read(prompts)
+        nothing = [self._embed([])] * len(prompts)
+        compared = self._compare([prompt.options for prompt in prompts], reading.state, nothing)
+        answers = self._decode(reading.state)
+        gains: list[float | None] = [None] * len(prompts)
+        if reading.begun is not None:
+            blind = self._score(reading.contexts, [row.tokens for row in answers], reading.begun)
+            gains = [(row.logprob - total) / len(row.tokens) for row, total in zip(answers, blind, strict=True)]
+        return [
+            Answer(row.text.strip(), row.logprob / len(row.tokens), row.entropy / len(row.tokens), gain, scores)
+            for row, gain, scores in zip(answers, gains, compared, strict=True)
+        ]
+
+    # ------------------------------------------------------------------------------------------------------------ reading
+
+    def _read(self, prompts: list[Prompt]) -> Reading:
+        """One batch read up to its answers. One beginning that all rows share is computed once and kept for the next batch."""
         import torch
 
-        encoded = [self.encode(request) for request in requests]
-        width = max(len(ids) for ids, _ in encoded)
-        self._check_length(width)
-        image_length = self.model.config.num_image_tokens
-        input_ids = torch.full((len(requests), width), self.tokenizer.eos_token_id, dtype=torch.int64)
-        mask = torch.zeros((len(requests), width), dtype=torch.int64)
+        if not all(prompt.images for prompt in prompts):
+            whole = [(prompt.ids, prompt.starts, prompt.images) for prompt in prompts]
+            return Reading(self._forward(*self._padded(whole), None), None, [])
+        queries = [len(prompt.ids) - prompt.split for prompt in prompts]
+        shared = len({prompt.beginning for prompt in prompts}) == 1
+        if shared:
+            rows = [(prompt.ids[prompt.split :], [0], prompt.images[-1:]) for prompt in prompts]
+            embeddings, real = self._padded(rows)
+            begun = self._shared(prompts[0]).branch(len(prompts))
+            # 0-shot prompts begin with nothing; without its image, too, such a prompt begins as a document does.
+            state = self._forward(embeddings, real, begun.copy() if prompts[0].split else None)
+        else:
+            # The same number of tokens of each row is set apart, so that no padding comes to stand between the two halves.
+            embeddings, real = self._padded([(prompt.ids, prompt.starts, prompt.images) for prompt in prompts])
+            apart = max(queries)
+            begun = self._forward(embeddings[:, :-apart], real[:, :-apart], None)
+            embeddings = embeddings[:, -apart:]
+            state = self._forward(embeddings, real[:, -apart:], begun.copy())
+        length = self.model.config.num_image_tokens
+        contexts = []
+        for row, query in zip(embeddings, queries, strict=True):
+            image = len(row) - query
+            contexts.append(torch.cat([row[: 0 if shared else image], row[image + length :]]))
+        return Reading(state, begun, contexts)
+
+    def _shared(self, prompt: Prompt) -> State:
+        """A single row after the prompt's beginning, or at a document's."""
+        key = prompt.beginning
+        if self._beginning is None or self._beginning[0] != key:
+            self._beginning = None  # freed before the next one is made
+            row = (prompt.ids[: prompt.split], prompt.starts[:-1], prompt.images[:-1])
+            rows = self._padded([row if prompt.split else ([self.tokenizer.eos_token_id], [], [])])
+            self._beginning = (key, self._forward(*rows, None))
+        return self._beginning[1]
+
+    def _embed(self, ids: list[int]) -> torch.Tensor:
+        import torch
+
+        return self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.int64, device=self.device))
+
+    def _padded(self, rows: list[tuple[list[int], list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, n, D) of rows (ids, where images start, the images' numbers), padded on the left; and which are real."""
+        import torch
+
+        width = max(len(ids) for ids, _, _ in rows)
+        length = self.model.config.num_image_tokens
+        input_ids = torch.full((len(rows), width), self.tokenizer.eos_token_id, dtype=torch.int64)
+        real = torch.zeros((len(rows), width), dtype=torch.int64)
         slots: list[tuple[int, int, int]] = []
-        images: list[bytes] = []
-        for row, ((ids, starts), request) in enumerate(zip(encoded, requests, strict=True)):
+        images: list[int] = []
+        for row, (ids, starts, shown) in enumerate(rows):
             pad = width - len(ids)
             input_ids[row, pad:] = torch.tensor(ids)
-            mask[row, pad:] = 1
-            slots += [(row, pad + start, image_length) for start in starts]
-            images += [part for part in request.parts if not isinstance(part, str)]
-        assert len(slots) == len(images), f"{len(slots)} image marks for {len(images)} images"
-        mask = mask.to(self.device)
+            real[row, pad:] = 1
+            slots += [(row, pad + start, length) for start in starts]
+            images += shown
+        places = torch.tensor(slots, dtype=torch.int64, device=self.device) if slots else None
+        return self.model.embed(input_ids.to(self.device), self.features.get(images), places), real.to(self.device)
+
+    def _forward(self, embeddings: torch.Tensor, real: torch.Tensor, state: State | None) -> State:
+        """The rows after new tokens (B, n, D), of which `real` (B, n) are no padding; `state`, where they were, is taken over."""
+        import torch
+
+        mask = real if state is None else torch.cat([state.mask, real], 1)
+        positions = (real.cumsum(1) - 1).clamp(min=0)
         output = self.model(
-            input_ids=input_ids.to(self.device),
-            image_features=self.features.get(images),
-            image_slots=torch.tensor(slots, dtype=torch.int64, device=self.device) if slots else None,
+            inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=positions if state is None else state.mask.sum(1, keepdim=True) + positions,
+            past_key_values=self.new_cache() if state is None else state.cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        logprobs, cache = self._logprobs(output.logits[:, -1]), output.past_key_values
-        compared = self._compare([request.options for request in requests], logprobs, mask, cache)
-        texts, means = self._decode(logprobs, mask, cache)
-        return [Answer(text, mean, scores) for text, mean, scores in zip(texts, means, compared, strict=True)]
+        return State(output.past_key_values, mask, self._logprobs(output.logits[:, -1]))
 
     def _check_length(self, width: int) -> None:
         decoder = getattr(self.model.config, "text_config", None) or self.model.config
@@ -206,82 +349,78 @@ class Generator:
             )
 
     def _logprobs(self, logits: torch.Tensor) -> torch.Tensor:
-        """(..., V) -> float32 log-probabilities; what the tokeniser cannot say, and image and padding marks, are impossible."""
+        """(..., V) -> float32 log-probabilities of what can be said."""
+        return logits.float().masked_fill(self._impossible, float("-inf")).log_softmax(-1)
+
+    # ------------------------------------------------------------------------------------------------------------ scoring
+
+    def _score(self, contexts: list[torch.Tensor], targets: list[list[int]], state: State) -> list[float]:
+        """Summed log-probability of each row's target ids after its context (n, D) on top of `state`, which is taken over."""
         import torch
 
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        impossible = (ids >= self._vocabulary) | torch.isin(ids, torch.tensor(self._never, device=logits.device))
-        return logits.float().masked_fill(impossible, float("-inf")).log_softmax(-1)
-
-    def _compare(
-        self, options: list[tuple[str, ...]], logprobs: torch.Tensor, mask: torch.Tensor, cache: Any
-    ) -> list[tuple[float, ...]]:
-        """Summed log-probability of each row's options after its prompt; rows must all have the same number of them."""
-        import torch
-
-        count = len(options[0])
-        assert all(len(row) == count for row in options)
-        totals: list[list[float]] = [[] for _ in options]
-        for number in range(count):
-            tokens = [self.tokenizer.encode(row[number], add_special_tokens=False) for row in options]
-            longest = max(map(len, tokens))
-            ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in tokens], device=self.device)
-            real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in tokens], device=self.device)
-            steps = logprobs[:, None]
-            if longest > 1:
-                # The prompt's cache serves every option and the greedy answer: each gets a copy, whatever kind of cache it is.
-                output = self.model(
-                    input_ids=ids[:, :-1],
-                    attention_mask=torch.cat([mask, real[:, :-1]], 1),
-                    position_ids=mask.sum(1, keepdim=True) + torch.arange(longest - 1, device=self.device),
-                    past_key_values=copy.deepcopy(cache),
-                    use_cache=True,
-                )
-                steps = torch.cat([steps, self._logprobs(output.logits)], 1)
-            chosen = steps.gather(2, ids[:, :, None])[:, :, 0]
-            for row, total in enumerate(chosen.masked_fill(real == 0, 0.0).sum(1).tolist()):
-                totals[row].append(total)
-        return [tuple(row) for row in totals]
-
-    def _decode(self, logprobs: torch.Tensor, mask: torch.Tensor, cache: Any) -> tuple[list[str], list[float]]:
-        """Greedy continuation of every row: (texts, mean log-probabilities)."""
-        import torch
-
-        rows = len(logprobs)
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        texts, totals = [""] * rows, [0.0] * rows
-        alive = list(range(rows))
-        for _ in range(self.max_new_tokens):
-            best, chosen = logprobs.max(-1)
-            going = []
-            for place, (row, value, token) in enumerate(zip(alive, best.tolist(), chosen.tolist(), strict=True)):
-                tokens[row].append(token)
-                totals[row] += value
-                ended = token == self.tokenizer.eos_token_id
-                if not ended:
-                    text = self.tokenizer.decode(tokens[row], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-                    stops = [at for at in map(text.find, self.stop) if at >= 0]
-                    texts[row] = text[: min(stops)] if stops else text
-                    ended = bool(stops)
-                if not ended:
-                    going.append(place)
-            if not going or len(tokens[alive[going[0]]]) == self.max_new_tokens:
-                break
-            if len(going) < len(alive):
-                kept = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(kept)
-                mask, chosen = mask[kept], chosen[kept]
-                alive = [alive[place] for place in going]
-            position = mask.sum(1, keepdim=True)
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+        rows = [torch.cat([context, self._embed(ids[:-1])]) for context, ids in zip(contexts, targets, strict=True)]
+        longest = max(map(len, rows))
+        steps = state.logprobs[:, None]
+        if longest:
+            embeddings = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
+            real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
             output = self.model(
-                input_ids=chosen[:, None],
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
+                inputs_embeds=embeddings,
+                attention_mask=torch.cat([state.mask, real], 1),
+                position_ids=state.mask.sum(1, keepdim=True) + torch.arange(longest, device=self.device),
+                past_key_values=state.cache,
                 use_cache=True,
-                logits_to_keep=1,
             )
-            cache = output.past_key_values
-            logprobs = self._logprobs(output.logits[:, -1])
-        return [text.strip() for text in texts], [total / max(1, len(row)) for total, row in zip(totals, tokens, strict=True)]
+            steps = torch.cat([steps, self._logprobs(output.logits)], 1)
+        totals = []
+        for row, (context, ids) in enumerate(zip(contexts, targets, strict=True)):
+            places = torch.arange(len(context), len(context) + len(ids), device=self.device)
+            totals.append(steps[row, places, torch.tensor(ids, device=self.device)].sum())
+        return torch.stack(totals).tolist()
+
+    def _compare(self, options: list[tuple[str, ...]], state: State, nothing: list[torch.Tensor]) -> list[tuple[float, ...]]:
+        """Summed log-probability of each row's options after its prompt; rows must all have the same number of them."""
+        assert len({len(row) for row in options}) == 1
+        totals: list[list[float]] = []
+        for number in range(len(options[0])):
+            tokens = [self.tokenizer.encode(row[number], add_special_tokens=False) for row in options]
+            totals.append(self._score(nothing, tokens, state.copy()))
+        return [tuple(total[row] for total in totals) for row in range(len(options))]
+
+    # ----------------------------------------------------------------------------------------------------------- decoding
+
+    def _decode(self, state: State) -> list[_Greedy]:
+        """Greedy continuation of every row; takes the state over."""
+        import torch
+
+        rows = [_Greedy([]) for _ in range(len(state.mask))]
+        places = list(range(len(rows)))  # which row each place of the batch is
+        going = set(places)
+        for step in range(self.max_new_tokens):
+            best, chosen = state.logprobs.max(-1)
+            entropy = torch.special.entr(state.logprobs.exp()).sum(-1)
+            for row, value, token, spread in zip(places, best.tolist(), chosen.tolist(), entropy.tolist(), strict=True):
+                if row in going and self._ended(rows[row], token, value, spread):
+                    going.discard(row)
+            if not going or step == self.max_new_tokens - 1:
+                break
+            if 2 * len(going) <= len(places):  # what has ended leaves, but not at every step: the whole cache is copied
+                kept = torch.tensor([place for place, row in enumerate(places) if row in going], device=self.device)
+                state.cache.batch_select_indices(kept)
+                state.mask, chosen = state.mask[kept], chosen[kept]
+                places = [row for row in places if row in going]
+            embeddings = self.model.get_input_embeddings()(chosen[:, None])
+            state = self._forward(embeddings, state.mask.new_ones(len(places), 1), state)
+        return rows
+
+    def _ended(self, row: _Greedy, token: int, logprob: float, entropy: float) -> bool:
+        """Takes the token; is the answer complete?"""
+        row.tokens.append(token)
+        row.logprob += logprob
+        row.entropy += entropy
+        if token == self.tokenizer.eos_token_id:
+            return True
+        text = self.tokenizer.decode(row.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        stops = [at for at in map(text.find, self.stop) if at >= 0]
+        row.text = text[: min(stops)] if stops else text
+        return bool(stops)

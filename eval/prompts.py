@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from eval.tasks.example import Example
 
-Part = str | bytes
-"""A span of text, or an encoded image."""
+Part = str | bytes | int
+"""A span of text, or an image: encoded, or its number in ImageFeatures."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _fill(parts: list[Part], template: str, example: Example) -> None:
     for literal, field, _, _ in string.Formatter().parse(template):
         _append(parts, literal)
         if field == "image":
-            parts.append(example.image)
+            parts.append(example.image if example.number is None else example.number)
         elif field == "question":
             _append(parts, example.question or "")
         elif field == "answer":

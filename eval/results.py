@@ -81,6 +81,11 @@ class Results:
     def folder(self) -> Path:
         return self.runs_results / self.hash
 
+    @property
+    def features(self) -> Path:
+        """Where encoded images wait while the evaluation runs (features.py)."""
+        return self.folder / "features.bin"
+
     def cells(self) -> list[tuple[str, int]]:
         """(task, shots), in the order in which they are evaluated."""
         return [(task, shots) for task in self.plan.tasks for shots in self.plan.shots]

@@ -210,7 +210,7 @@ def _load(config: TextcoreConfig, export: Path) -> MM1LM:
     import torch
 
     from eval.adapters.lm_eval import MM1LM
-    from eval.fewshot import SMALL_MODEL
+    from eval.workers import SMALL_MODEL
 
     model = MM1LM(str(export), device=config.device, dtype=config.dtype, batch_size=config.batch_size)
     if model.device == "cpu" and (config.threads or model.model.num_parameters() < SMALL_MODEL):

@@ -20,7 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from configs.errors import UserError
 from data_pipelines.tokens import encode_parts, image_token_id
 from eval.adapters import decoding
-from eval.generate import Generator, ImageFeatures, Request, load_model
+from eval.features import ImageFeatures
+from eval.generate import Generator, Request, load_model
 from mm1.model.image_encoder import build_image_encoder
 from mm1.model.multimodal import MultimodalConfig, MultimodalLM
 from tests.corpus import COLOURS, tokenizer

@@ -22,8 +22,9 @@ from configs.errors import UserError
 from data_pipelines.shards import Manifest, SplitWriter, Task
 from eval import fewshot
 from eval.controls import show_shuffled
+from eval.features import ImageFeatures
 from eval.fewshot import EvalConfig, evaluate
-from eval.generate import Answer, Generator, ImageFeatures, Request
+from eval.generate import Answer, Generator, Request
 from eval.plan import Plan, derangement, make_plan, sample_queries
 from eval.prompts import PROMPTS, build_prompt, options
 from eval.results import Results, score
@@ -238,7 +239,7 @@ def test_greedy_text_and_scores_equal_a_forward_pass_over_the_whole_text(export:
     model, tokens = made.model, made.tokenizer
     for request in prompts(5):
         answer = made.answer([request])[0]
-        ids, _ = made.encode(request)
+        ids = made.encode(request).ids
         images = made.features.get([part for part in request.parts if not isinstance(part, str)])
         for text, expected in zip(request.options, answer.options, strict=True):
             more = tokens.encode(text, add_special_tokens=False)
@@ -363,6 +364,7 @@ def test_results_hold_what_tables_read(export: Path, corpus: Path, tmp_path: Pat
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["version"] == 1
     assert summary["control"] is None
+    measured = {"logprob", "entropy", "image_gain"}
     assert summary["tasks"]["names"]["chance"] == 50.0
     for task, keys in {"colours": {"references"}, "questions": {"answers"}, "names": {"references", "options"}}.items():
         for shots in (0, 2):
@@ -372,7 +374,7 @@ def test_results_hold_what_tables_read(export: Path, corpus: Path, tmp_path: Pat
             assert estimate["mean"] == pytest.approx(sum(line["score"] for line in lines) / len(lines))
             assert estimate["clusters"] == len({line["cluster"] for line in lines})
             for line in lines:
-                assert {"id", "cluster", "prediction", "score", "demonstrations", "logprob"} | keys == set(line)
+                assert {"id", "cluster", "prediction", "score", "demonstrations", *measured} | keys == set(line)
                 assert len(line["demonstrations"]) == shots
     means = [summary["tasks"][task]["shots"]["2"]["mean"] for task in summary["tasks"]]
     assert summary["means"]["2"]["mean"] == pytest.approx(sum(means) / 3)

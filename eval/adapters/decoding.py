@@ -22,7 +22,7 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from eval.generate import ImageFeatures
+    from eval.features import ImageFeatures
 
 DTYPES = ("float32", "bfloat16", "float16")
 

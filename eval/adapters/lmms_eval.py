@@ -47,7 +47,7 @@ class MM1(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         """Raises UserError for a model that cannot be loaded or is not of this suite, and for a batch size that is no number."""
-        from eval.generate import ImageFeatures
+        from eval.features import ImageFeatures
 
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -100,7 +100,7 @@ class MM1(lmms):
             ids, starts = encode_parts(parts, tokenizer, self.loaded.model.config.num_image_tokens)
             more, _ = encode_parts([continuation], tokenizer, 0)
             whole = [*(ids or [tokenizer.eos_token_id]), *more]
-            images = tuple(part for part in parts if not isinstance(part, str))
+            images = tuple(part for part in parts if isinstance(part, bytes))
             scored.append(Scored(tuple(whole), len(more), images, tuple(starts)))
         self._check(scored)
         found = log_likelihoods(

@@ -10,7 +10,8 @@ class Example:
     """One item of a task.
 
     `references`: captioning, its reference captions; vqa, the annotators' answers; binding, the right name alone. `names` and
-    `demonstrations` are filled for binding only, whose demonstrations belong to the item instead of being drawn from a pool.
+    `demonstrations` are filled for binding only, whose demonstrations belong to the item instead of being drawn from a pool. `number`: the
+    image's in ImageFeatures, where that stands for the bytes.
     """
 
     id: str
@@ -20,6 +21,7 @@ class Example:
     references: tuple[str, ...]
     names: tuple[str, ...] = ()
     demonstrations: tuple[Example, ...] = ()
+    number: int | None = None
 
     @property
     def shown_answer(self) -> str:
