@@ -196,6 +196,33 @@ def test_a_shared_prefix_gives_what_a_cache_for_each_row_gives(settings: SparqSe
     assert (change > 1e-3) == (settings is not None and suffix == "sparse")
 
 
+@pytest.mark.parametrize("suffix", ["sparse", "dense"])
+def test_a_prompts_question_is_sparse_whatever_the_other_rows_are(suffix: str) -> None:
+    """Demonstrations and question in one forward pass of a left-padded batch, as if each row had been fed in two."""
+    model, settings = llama(), replace(SETTINGS, suffix=suffix)
+    use_sparq(model)
+    padding, questions = [0, 9, 28], [20, 5, 3]
+    prompt, mask = left_padded(3, 40, padding)
+    full, after = torch.cat([mask, mask[:, -1:]], 1), ids(3, 1, 1)
+    cache = make_cache(model, settings)
+    cache.questions(questions)
+    got = run(model, [prompt, after], full, cache)
+    for b, (pad, question) in enumerate(zip(padding, questions, strict=True)):
+        demonstrations, asked = prompt[b : b + 1, pad : 40 - question], prompt[b : b + 1, 40 - question :]
+        pieces = [asked] if suffix == "dense" else list(asked.split(16, 1))
+        alone = make_cache(model, settings)
+        logits = torch.cat(run(model, [demonstrations, *pieces, after[b : b + 1]], torch.ones(1, 41 - pad), alone), 1)
+        assert (logits[0, : 40 - pad] - got[0][b, pad:]).abs().max() < 1e-9
+        assert (logits[0, -1] - got[1][b, 0]).abs().max() < 1e-9
+    plain = run(model, [prompt, after], full, make_cache(model, settings))
+    changed = [float((a - b).abs().max()) > 1e-3 for a, b in zip(plain[0], got[0], strict=True)]
+    assert changed == [suffix == "sparse", suffix == "sparse", False]  # the last has k tokens
+    cache = make_cache(model, SETTINGS)
+    cache.questions([3, 3])
+    with pytest.raises(UserError, match="2 lengths for a batch of 3"):
+        run(model, [prompt], mask, cache)
+
+
 def test_a_left_padded_prefix_can_be_shared() -> None:
     model = llama()
     use_sparq(model)

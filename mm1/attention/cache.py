@@ -15,7 +15,7 @@ Sums in float64 make taking tokens off again (`crop`) as good as never having ad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,7 @@ class SparqLayer(CacheLayerMixin):
         super().__init__()
         self.settings, self.prefix, self._planned, self._room = settings, prefix, rows, capacity
         self.latest = Latest()
+        self.questions: list[int] | None = None
         self.keys_t = None
         self.length = 0
         self.settled = 0
@@ -183,7 +184,7 @@ class SparqLayer(CacheLayerMixin):
 
     def attended(self) -> None:
         """The attention over what `update` appended is done; an `offload` asked for in between happens now."""
-        self._busy = False
+        self._busy, self.questions = False, None
         if self._offload_after:
             self._offload_after = False
             self.offload()
@@ -312,6 +313,13 @@ class SparqCache(Cache):
                 raise UserError(f"branch: a {type(layer).__name__} (sliding window) cannot be shared between rows.")
             layers.append(SparqLayer(layer.settings, rows=rows, prefix=layer.lend()))
         return SparqCache(layers=layers)
+
+    def questions(self, lengths: Sequence[int]) -> None:
+        """Of the next forward pass's tokens the last lengths[b] of row b are a question, to attend sparsely (unless the settings
+        say `suffix=dense`); those before them, demonstrations, attend densely. So a row's result does not hang on the others'."""
+        for layer in self.layers:
+            if isinstance(layer, SparqLayer):
+                layer.questions = list(lengths)
 
     @property
     def nbytes(self) -> int:

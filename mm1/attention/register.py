@@ -14,6 +14,7 @@ What attends how (n new tokens on top of a cache):
   the first tokens, and more than 16 at once        densely: a prompt's prefill
   1 token                                           sparsely
   2 to 16 tokens, and any number on a branch        sparsely, each seeing what came before it; `suffix=dense`: densely
+  a prompt whose ending is a question               the question sparsely, if `SparqCache.questions` said how long it is
 Rows that `SparqSettings` calls short attend densely, to the bit.
 """
 
@@ -154,18 +155,19 @@ def _attend(
     prefix, settings = layer.prefix, layer.settings
     shared = 0 if prefix is None else prefix.length
     layer.settle(None if mask is None else mask[:, 0, -1, shared:])
-    past = layer.length + shared - n
-    prefill = n > 1 and (past == 0 or settings is None or settings.suffix == "dense" or (n > MOST_ROWS and prefix is None))
-    if prefill and prefix is None:
+    sparse = _sparse_tokens(layer, batch, n)
+    last = max(sparse)
+    if last == 0 and prefix is None and n > 1:
         return _dense(module, layer, query, key, value, mask, scale)
 
+    looked = None if mask is None else mask[:, :, n - max(last, 1) :]
     extents: Extents = layer.latest.get(
-        (mask, batch, n, layer.length, prefix, query.device),
-        lambda: Extents.of(mask, batch, n, layer.length, prefix, query.device),
+        (mask, batch, n, last, layer.length, prefix, query.device),
+        lambda: Extents.of(looked, batch, max(last, 1), layer.length, prefix, query.device),
     )
     before = 0 if prefix is None else prefix.count
-    longest = max(end - first for row in extents.host for first, end in row) + before
-    if prefill or settings is None or longest <= settings.dense_up_to:
+    lengths = [[end - first + before for first, end in row] for row in extents.host]
+    if settings is None or last == 0 or max(map(max, lengths)) <= settings.dense_up_to:
         if n > 1 or prefix is not None:
             return _dense(module, layer, query, key, value, mask, scale)
         start, stop = extents.start[:, 0], extents.stop[:, 0]
@@ -173,23 +175,40 @@ def _attend(
         output = dense_decode(query[:, :, 0], layer.keys, layer.values, start, stop, scale=scale, extents=known)
         return output[:, None]
 
-    means = layer.means(n)
+    means = layer.means(last)
     outputs = []
-    for i in range(n):
+    for i in range(last):
         start, stop = extents.start[:, i].contiguous(), extents.stop[:, i].contiguous()
-        q, mean = query[:, :, i], means[:, :, i].contiguous()
+        q, mean = query[:, :, n - last + i], means[:, :, i].contiguous()
         if prefix is None:
             outputs.append(sparq_decode(q, layer.keys, layer.keys_t, layer.values, start, stop, mean, settings, scale=scale))
         else:
             own = layer.segment(start, stop)
             outputs.append(sparq_shared(q, prefix.segment(batch), own, mean, settings, scale=scale))
     output = torch.stack(outputs, 1)
-    if n > 1:  # a short row in a batch of longer ones attends as it would by itself
-        short = [[end - first + before <= settings.dense_up_to for first, end in row] for row in extents.host]
-        if any(map(any, short)):
-            chosen = torch.tensor(short, device=query.device)[..., None, None]
-            output = torch.where(chosen, _dense(module, layer, query, key, value, mask, scale), output)
-    return output
+    chosen = [
+        [last - i <= count and length > settings.dense_up_to for i, length in enumerate(row)]
+        for count, row in zip(sparse, lengths, strict=True)
+    ]
+    if n == 1 or (n == last and all(map(all, chosen))):
+        return output
+    # beside them what is dense, as it would be without them
+    result = _dense(module, layer, query, key, value, mask, scale).clone()
+    result[:, n - last :] = torch.where(torch.tensor(chosen, device=query.device)[..., None, None], output, result[:, n - last :])
+    return result
+
+
+def _sparse_tokens(layer: SparqLayer, batch: int, n: int) -> list[int]:
+    """For each row, how many of the last of n new tokens attend sparsely; see the module's docstring."""
+    settings, past = layer.settings, layer.get_seq_length() - n
+    if settings is None:
+        return [0] * batch
+    if n > 1 and settings.suffix == "sparse" and layer.questions is not None:
+        if len(layer.questions) != batch:
+            raise UserError(f"questions: {len(layer.questions)} lengths for a batch of {batch}.")
+        return [min(count, n) for count in layer.questions]
+    is_suffix = settings.suffix == "sparse" and past > 0 and (n <= MOST_ROWS or layer.prefix is not None)
+    return [n if n == 1 or is_suffix else 0] * batch
 
 
 def _dense(
