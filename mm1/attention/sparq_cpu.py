@@ -1,0 +1,180 @@
+"""One decoding step of SparQ attention on the CPU, in float32 and bfloat16: sparq.py's method at the speed of the memory.
+
+sparq_cpu.cpp is compiled for this machine's CPU at first use (about three seconds) and kept in <home>/cache/build. It shares
+torch's OpenMP threads and obeys torch.set_num_threads; the number of threads changes no bit. Where it cannot be built, sparq.py
+runs in PyTorch and says so.
+
+Rows of at most max(k, dense_below - 1) valid tokens are attended to by `dense_decode`, to the bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipelines import paths
+from mm1.attention.sparq import Segment, SparqSettings, dense_decode, sparq_torch
+
+SOURCE = Path(__file__).with_name("sparq_cpu.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+DENSE_BELOW = {torch.float32: 512, torch.bfloat16: 512}
+"""Valid tokens from which on a step is faster than dense, measured: docs/sparq.md."""
+DTYPES = tuple(DENSE_BELOW)
+_JOB = struct.Struct("8P 7q 13q 4q d")
+"""sparq_cpu.cpp's Job."""
+
+
+def supports(q: Tensor) -> bool:
+    """Whether `sparq_decode` takes queries of this dtype and device; it records no gradient."""
+    return q.device.type == "cpu" and q.dtype in DTYPES and not (q.requires_grad and torch.is_grad_enabled())
+
+
+def sparq_decode(
+    q: Tensor,
+    keys: Tensor,
+    keys_t: Tensor,
+    values: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    value_mean: Tensor,
+    settings: SparqSettings,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """As sparq.sparq_decode, for what `supports` takes. Raises RuntimeError when the kernel cannot be built or has no memory.
+
+    Keys, values and keys_t may be views whose last dimension is dense; on any other layout PyTorch decodes.
+    """
+    kernel = load()
+    dense_up_to = max(settings.k, (DENSE_BELOW[q.dtype] if settings.dense_below is None else settings.dense_below) - 1)
+    lengths = [end - first for first, end in zip(start.tolist(), stop.tolist(), strict=True)]
+    if max(lengths) <= dense_up_to:
+        return dense_decode(q, keys, values, start, stop, scale=scale)
+    layers = (keys, keys_t, values)
+    if any(layer.stride(3) != 1 or layer.dtype != q.dtype for layer in layers):
+        return sparq_torch(q, [Segment(keys, keys_t, values, start, stop)], value_mean, settings, scale=scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    output = kernel(q, keys, keys_t, values, start, stop, value_mean, settings, dense_up_to, factor)
+    for row, length in enumerate(lengths):
+        if length <= dense_up_to:
+            one = slice(row, row + 1)
+            output[one] = dense_decode(q[one], keys[one], values[one], start[one], stop[one], scale=scale)
+    return output
+
+
+class Kernel:
+    """The compiled sparq_cpu.cpp. Each calling thread has its own scratch memory, which grows to what its longest row needs."""
+
+    def __init__(self, library: Path) -> None:
+        code = ctypes.CDLL(str(library))
+        self._decode = {torch.float32: code.sparq_decode_float32, torch.bfloat16: code.sparq_decode_bfloat16}
+        for function in self._decode.values():
+            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+
+    def __call__(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        keys_t: Tensor,
+        values: Tensor,
+        start: Tensor,
+        stop: Tensor,
+        value_mean: Tensor,
+        settings: SparqSettings,
+        dense_up_to: int,
+        scale: float,
+    ) -> Tensor:
+        """Decodes the rows of more than dense_up_to >= k valid tokens; the others' output is left as it comes."""
+        batch, heads, d = q.shape
+        kv_heads = keys.shape[1]
+        if q.stride(2) != 1:
+            q = q.contiguous()
+        start, stop = start.contiguous(), stop.contiguous()
+        mean = value_mean if value_mean.stride(2) == 1 and value_mean.dtype == torch.float32 else value_mean.float().contiguous()
+        output = torch.empty((batch, heads, d), dtype=q.dtype)
+        pointers = (t.data_ptr() for t in (q, keys, keys_t, values, mean, output, start, stop))
+        job = _JOB.pack(
+            *pointers,
+            batch, kv_heads, heads // kv_heads, d, min(settings.r, d), settings.k, settings.window,
+            *q.stride()[:2], *keys.stride()[:3], *keys_t.stride()[:3], *values.stride()[:3], *mean.stride()[:2],
+            torch.get_num_threads(), settings.reallocate, settings.group == "logits", dense_up_to, scale,
+        )  # fmt: skip
+        if self._decode[q.dtype](job):
+            raise RuntimeError(f"no memory for SparQ attention over {keys.shape[2]} tokens")
+        return output
+
+
+_LOCK = threading.Lock()
+_loaded: list[Kernel] = []
+
+
+def load() -> Kernel:
+    """The kernel, built if it is not there yet. Raises OSError or RuntimeError where that is impossible."""
+    if not _loaded:
+        with _LOCK:
+            if not _loaded:
+                try:
+                    _loaded.append(Kernel(build(paths.home() / "cache" / "build")))
+                except OSError:  # a home that cannot be written, or from which no code may be loaded
+                    with tempfile.TemporaryDirectory() as folder:
+                        _loaded.append(Kernel(build(Path(folder))))
+    return _loaded[0]
+
+
+def available() -> bool:
+    """Whether the kernel is there or can be built here."""
+    try:
+        load()
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """Compiles sparq_cpu.cpp for this CPU into folder, unless it is there already, and gives the library's path.
+
+    Processes may race: each compiles into a file of its own and renames it. Raises OSError when folder cannot be written,
+    RuntimeError when nothing here compiles it.
+    """
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise RuntimeError(f"no C++ compiler found ({', '.join(COMPILERS)})")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    parts = (SOURCE.read_text(), version, _cpu(), *FLAGS, *flags)
+    library = folder / f"sparq-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, own = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(handle)
+        try:
+            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", own, "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+                raise RuntimeError(f"{compiler} failed: {next((line for line in told if 'error' in line), told[0])}")
+            os.replace(own, library)
+        finally:
+            Path(own).unlink(missing_ok=True)
+    return library
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(names)})])
