@@ -1,0 +1,312 @@
+"""`python -m ablations.run suite=connector scale=tiny seeds=3`: a table or figure of the paper, planned, trained and evaluated.
+
+    suite -> plan with costs (planning.py) -> cells trained and evaluated (runner.py) -> python -m ablations.table suite=connector
+
+What is no setting of this command is one of every cell: `data=shapes train.steps=100`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ablations.launchers import LauncherConfig
+from ablations.suite import SCALES, SuiteConfig, suite_names
+from configs.command import command
+from configs.errors import UserError
+
+ACTIONS = ("run", "plan", "status", "resume", "list")
+BASE_MEMORY = 1.5e9
+"""Bytes of a cell's processes beside the model: Python, torch and DeepSpeed, the loader's worker."""
+
+
+@dataclass
+class RunConfig:
+    suite: SuiteConfig | None = None
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    action: str = "run"
+    scale: str = "tiny"
+    seeds: Any = None
+    steps: int | None = None
+    cells: list[str] = field(default_factory=list)
+    parallel: int | None = None
+    threads: int | None = None
+    retries: int = 2
+    dry_run: bool = False
+    calibrate: bool = True
+    processes: int = 1
+    tflops: float | None = None
+    mfu: float = 0.4
+    price_per_hour: float | None = None
+    folder: str | None = None
+
+    def validate(self) -> None:
+        if self.action not in ACTIONS:
+            raise UserError(f"action={self.action}: must be one of {', '.join(ACTIONS)}.")
+        if self.scale not in SCALES:
+            raise UserError(f"scale={self.scale}: must be one of {', '.join(SCALES)}.")
+        for key in ("steps", "parallel", "threads", "processes"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"{key}={value}: must be at least 1.")
+        if self.retries < 0:
+            raise UserError(f"retries={self.retries}: must be 0 or more.")
+        if not 0 < self.mfu <= 1 or (self.tflops is not None and self.tflops <= 0):
+            raise UserError(f"mfu={self.mfu}, tflops={self.tflops}: a share in (0, 1], and TFLOP/s a device above 0.")
+        self.launcher.validate()
+        if self.suite is not None:
+            self.suite.validate()
+        elif self.action in ("run", "plan") or (self.action in ("status", "resume") and self.folder is None):
+            raise UserError(f"suite=...: which one? {', '.join(suite_names())}.")
+        self.seed_list()
+
+    def seed_list(self) -> list[int]:
+        given = self.seeds if self.seeds is not None else self.suite.seeds if self.suite is not None else 1
+        if isinstance(given, bool) or not (isinstance(given, int) or (isinstance(given, list) and given)):
+            raise UserError(f"seeds={given}: a number of them, or a list such as [0,1,2].")
+        seeds = list(range(given)) if isinstance(given, int) else given
+        if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
+            raise UserError(f"seeds={given}: a number of them from 1 up, or a list of different numbers such as [0,1,2].")
+        return seeds
+
+
+def gathered(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(arguments of this command, overrides of every cell): a bare first word is the action, evaluation.* the suite's."""
+    own, cells = [], []
+    names = {f.name for f in fields(RunConfig)}
+    for number, argument in enumerate(arguments):
+        key = argument.partition("=")[0].lstrip("+~")
+        if number == 0 and argument in ACTIONS:
+            own.append(f"action={argument}")
+        elif key.startswith("evaluation."):
+            own.append(f"suite.{argument}")
+        elif argument.startswith("-") or key.partition(".")[0] in {*names, "hydra"}:
+            own.append(argument)
+        else:
+            cells.append(argument)
+    return own, cells
+
+
+@command("run", schema=RunConfig)
+def _main(config: RunConfig) -> int:
+    """Run a suite: every cell trained and evaluated, as many at once as this machine carries. Kill it and start it again at will.
+
+    python -m ablations.run suite=connector scale=tiny seeds=3 dry_run=true    the plan with its costs, and stop
+    python -m ablations.run suite=connector scale=tiny seeds=3
+    python -m ablations.run status suite=connector         how every cell fares; list: every suite that was started
+    python -m ablations.run resume suite=connector         the command it was started with, again
+    python -m ablations.table suite=connector
+
+    scale=tiny            tiny, small or mm1: the same suite at every scale
+    seeds=3               training seeds 0, 1, 2, or a list; null: as many as the suite says. A later, larger number adds to them
+    steps=100             of the baseline, warm-up in proportion; the other cells follow by the suite's matching
+    KEY=VALUE             what is no setting of this command is one of every cell: data=shapes image_encoder=vit_tiny
+    evaluation.limit=50   how cells are evaluated: tasks, shots, limit, seed, demonstration_seeds, images, textcore
+    cells=[LABEL,...]     only these of the suite's cells (and the baseline)
+    parallel=2 threads=1  cells at once, and CPU threads each; null: what cores, GPUs and memory allow
+    retries=2             further attempts of a cell that failed
+    launcher=local        or submitit, hostfile: docs/cluster.md
+    calibrate=true        time a few real steps of each kind of cell for the plan (once a machine; then it is remembered)
+    tflops=989 mfu=0.4 processes=64 price_per_hour=2   time and price on other machines: peak TFLOP/s a device, the share of it
+                          that is reached, devices a cell, dollars a device and hour
+    folder=NAME_OR_PATH   in place of <home>/suites/SUITE-SCALE
+    """
+    return act(config, _EXTRA)
+
+
+_EXTRA: list[str] = []
+"""Overrides of every cell from the command line; `main` fills it, for Hydra's grammar has no place for them."""
+
+
+def main() -> None:
+    own, cells = gathered(sys.argv[1:])
+    sys.argv[1:] = own
+    _EXTRA[:] = cells
+    _main()
+
+
+def act(config: RunConfig, extra: Sequence[str]) -> int:
+    if config.action == "list":
+        return _list()
+    extra = [*extra, *_step_overrides(config, extra)]
+    if config.action in ("status", "resume"):
+        from ablations.planning import suite_folder
+
+        name = config.suite.name if config.suite is not None else ""
+        place = suite_folder(name, config.scale, extra, config.folder)
+        return _status(place) if config.action == "status" else _resume(place)
+    return _run(config, extra)
+
+
+def _step_overrides(config: RunConfig, extra: Sequence[str]) -> list[str]:
+    """steps=100 -> train.steps=100 with as large a share of warm-up as the scale has."""
+    if config.steps is None:
+        return []
+    from ablations.composing import Composer
+
+    if any(o.startswith("train.steps=") for o in extra):
+        raise UserError(f"steps={config.steps} and {next(o for o in extra if o.startswith('train.steps='))}: give one of them.")
+    base = Composer().compose([f"scale={config.scale}", *extra])
+    warmup = round(base.optim.warmup_steps * config.steps / base.train.steps)
+    found = [f"train.steps={config.steps}"]
+    if not any(o.startswith("optim.warmup_steps=") for o in extra):
+        found.append(f"optim.warmup_steps={min(warmup, config.steps - 1)}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- actions
+
+
+def _run(config: RunConfig, extra: Sequence[str]) -> int:
+    from dataclasses import asdict
+
+    from ablations.composing import Composer
+    from ablations.planning import build_cells, evaluation_keys, suite_folder, with_seconds, write_job
+    from ablations.record import FAILED, FINISHED, claimed, state_of
+    from ablations.runner import Runner
+    from ablations.show import plan_table
+
+    suite = config.suite
+    assert suite is not None
+    dry = config.dry_run or config.action == "plan"
+    if not dry:
+        _prepare_corpora(suite, config.scale, extra)
+    cells = build_cells(suite, config.scale, seeds=config.seed_list(), extra=extra, processes=config.processes)
+    if config.cells:
+        if unknown := set(config.cells) - {cell.label for cell in cells}:
+            known = ", ".join(dict.fromkeys(cell.label for cell in cells))
+            raise UserError(f"cells: {', '.join(sorted(unknown))} are not in the suite. There are: {known}.")
+        cells = [cell for cell in cells if cell.baseline or cell.label in config.cells]
+    place = suite_folder(suite.name, config.scale, extra, config.folder)
+    keys = evaluation_keys(suite.evaluation)
+    if config.tflops is not None:
+        peak = config.tflops * 1e12 * config.mfu * config.processes
+        cells = [replace(cell, cost=cell.cost | {"seconds": cell.cost["flops"] / peak}) for cell in cells]
+        parallel, threads, gpus = 1, 1, 0
+    else:
+        parallel, threads, gpus = carried(config, max(cell.cost["memory"] for cell in cells))
+        measure = config.calibrate and _fits(cells, gpus)
+        cells = with_seconds(cells, Composer(), threads=threads, processes=parallel, measure=measure)
+    states = [state_of(place, cell, keys, config.retries) for cell in cells]
+    print(f"Suite {suite.name} at scale {config.scale}: {suite.about}\nMatched by {suite.matching}. Per seed:\n")
+    print(plan_table(cells, states, dollars_an_hour=config.price_per_hour, devices=config.processes))
+    if config.tflops is not None:
+        print(f"Assumed: {config.tflops:g} TFLOP/s a device, {config.mfu:.0%} of it reached (MFU), evaluation left out.")
+    else:
+        left = sum(c.cost.get("seconds", float("nan")) for c, s in zip(cells, states, strict=True) if s.name != FINISHED)
+        wall = f"about {left / parallel / 3600:.1f} hours of wall time and the evaluations" if left == left else "time unknown"
+        print(f"{parallel} at once, {threads} threads each{f', {gpus} GPUs' if gpus else ''}: {wall}.")
+    if dry:
+        return 0
+    place.save(asdict(suite), config.scale, [a for a in [*sys.argv[1:], *_EXTRA] if not a.startswith("action=")], cells)
+    from ablations.launchers import make_launcher
+
+    launcher = make_launcher(config.launcher, place.folder, gpus)
+    local = config.launcher.kind == "local" and not gpus
+
+    def job(cell: Any) -> Path:
+        return write_job(place, cell, suite.evaluation, train=launcher.train, threads=threads if local else None)
+
+    wide = len({cell.hash for cell in cells}) if config.launcher.kind == "submitit" and config.parallel is None else parallel
+    print(f"Logs and state: {place.folder}", flush=True)
+    runner = Runner(place, cells, launcher, job, evaluations=keys, parallel=wide, retries=config.retries)
+    final = runner.run()
+    failed = [cell.name for cell in runner.cells.values() if final[cell.hash].name not in (FINISHED,)]
+    if runner.stopping:
+        print("Stopped. Go on with the same command, or: python -m ablations.run resume suite=" + suite.name)
+        return 130
+    if failed:
+        print(f"{len(failed)} runs are not finished: {', '.join(failed[:10])}. See {place.folder / 'logs'}", file=sys.stderr)
+        for cell in runner.cells.values():
+            if final[cell.hash].name == FAILED and not claimed(cell.hash):
+                print(f"\n{cell.name}:\n{final[cell.hash].note}", file=sys.stderr)
+        return 1
+    print(f"All finished. The table: python -m ablations.table suite={suite.name} scale={config.scale}")
+    return 0
+
+
+def _prepare_corpora(suite: SuiteConfig, scale: str, extra: Sequence[str]) -> None:
+    """Hashes need the corpora, so they are prepared first."""
+    from ablations.suite import plan_cells
+    from data_pipelines.prepare import ensure_corpus
+
+    for name in dict.fromkeys(cell.config.data.corpus for cell in plan_cells(suite, scale, extra=extra)):
+        ensure_corpus(name)
+
+
+def _fits(cells: Sequence[Any], gpus: int) -> bool:
+    from ablations.calibrate import LARGEST
+
+    return gpus > 0 or max(cell.cost["parameters"] for cell in cells) <= LARGEST
+
+
+def carried(config: RunConfig, memory: float) -> tuple[int, int, int]:
+    """(cells at once, CPU threads each, GPUs): one cell a GPU, or one a core as long as memory lasts; what is given holds.
+
+    memory: bytes that the largest cell needs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if config.launcher.kind == "local" else 0
+    cores = len(os.sched_getaffinity(0))
+    if config.parallel is not None:
+        parallel = config.parallel
+    elif gpus:
+        parallel = gpus
+    else:
+        parallel = max(1, min(cores // (config.threads or 1), int(available_memory() // (memory + BASE_MEMORY))))
+    return parallel, config.threads or max(1, cores // parallel), gpus
+
+
+def available_memory() -> float:
+    """Bytes that new processes can have without swapping (Linux)."""
+    text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return float(found[1]) * 1024 if found else 4e9
+
+
+def _status(place: Any) -> int:
+    from ablations.matching import marks
+    from ablations.planning import evaluation_keys
+    from ablations.record import state_of
+    from ablations.show import Tally, status_table
+    from ablations.suite import EvaluationConfig
+
+    plan, cells = place.plan(), place.cells()
+    keys = evaluation_keys(EvaluationConfig(**plan["suite"]["evaluation"]))
+    states = [state_of(place, cell, keys, 0) for cell in cells]
+    done = [(cell.label, cell.seed, cell.baseline, cell.run.info) for cell in cells if cell.folder.is_dir() and cell.trained]
+    print(status_table(cells, states, marks(plan["suite"]["matching"], done)))
+    print(f"\n{Tally.of({cell.hash: state for cell, state in zip(cells, states, strict=True)}.values())}  ({place.folder})")
+    return 0
+
+
+def _resume(place: Any) -> int:
+    """Starts the recorded command in this process's place."""
+    arguments = place.plan()["arguments"]
+    print("python -m ablations.run " + " ".join(arguments), flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", "ablations.run", *arguments])
+
+
+def _list() -> int:
+    from ablations.record import SuiteFolder, suites_folder
+
+    found = sorted(suites_folder().glob("*/plan.json"))
+    for path in found:
+        place = SuiteFolder(path.parent)
+        cells = place.cells()
+        trained = sum(cell.trained for cell in cells)
+        again = " ".join(place.plan()["arguments"])
+        print(f"{path.parent.name:<32} {trained:>4} of {len(cells):>4} trained   python -m ablations.run {again}")
+    if not found:
+        print(f"No suite was started yet. There are: {', '.join(suite_names())}.")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
