@@ -5,19 +5,27 @@
     cider, cider_cached, cider_captions   benchmarks/cider.py
 
 The peer is transformers' own `generate` on the same model, one item at a time: nine images decoded and encoded, the prompt read,
-greedy decoding to the same number of tokens. Its answers are compared with ours before anything is timed. Ours also measures what
-it keeps of every answer (entropy, image gain), which the loop does not. Both run on all cores: ours in one thread, the loop in as
-many as serve it best. The model is that of scale=tiny with random weights; with it, no answer ends early.
+greedy decoding to the same number of tokens, in a process of its own. Its answers are compared with ours. Ours also measures what
+it keeps of every answer (entropy, image gain), which the loop does not. Both may use all cores: ours as a process a core
+(eval.fewshot's processes=), the loop with as many threads as serve it best. Loading is in neither time. The model is that of
+scale=tiny with random weights, with which no answer ends early.
 
 limit: the same images encoded and the same prompts read, nothing decoded.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +36,7 @@ from eval.prompts import PROMPTS, build_prompt
 from eval.tasks.example import Example
 
 SHOTS, ITEMS, POOL, NEW_TOKENS = 8, 64, 48, 20
+CORES = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,6 @@ def drawn_image(rng: np.random.Generator) -> bytes:
 
 
 def setup(device: str) -> Setup:
-    import tempfile
-    from pathlib import Path
-
     from configs.command import compose
     from data_pipelines.tokenizer import train_tokenizer
     from eval.generate import Request
@@ -78,21 +84,58 @@ def setup(device: str) -> Setup:
     return Setup(model.eval().to(device), tokenizer, device, requests)
 
 
-def ours(made: Setup, mode: str) -> list[str]:
-    """The engine as `eval.fewshot` runs it, from encoded image files to texts."""
-    generator = engine(made)
-    texts = [""] * ITEMS
-    for places, answers in generator.run(made.requests[mode], 16):
-        for place, answer in zip(places, answers, strict=True):
-            texts[place] = answer.text
+def ours(
+    made: Setup, mode: str, index: int = 0, count: int = 1, spill: Path | None = None, encoded: Any = None
+) -> dict[int, str]:
+    """The engine as `eval.fewshot` runs it, from encoded image files to texts; process `index` of `count` (eval/workers.py)."""
+    generator = engine(made, spill)
+    prompts = [generator.encode(request) for request in made.requests[mode]]
+    for _ in generator.features.encode_all(index, count):
+        pass
+    if encoded is not None:
+        encoded.wait()
+    texts: dict[int, str] = {}
+    for places in generator.batches(prompts, 16)[index::count]:
+        texts |= {
+            place: answer.text for place, answer in zip(places, generator.answer([prompts[i] for i in places]), strict=True)
+        }
     return texts
 
 
-def engine(made: Setup) -> Any:
+def side_by_side(made: Setup, mode: str, repeats: int, count: int) -> tuple[float, dict[int, str]]:
+    """(items a second of `count` processes of one thread, their answers), once the model is loaded."""
+    context = multiprocessing.get_context("fork")
+    start, encoded, found = context.Barrier(count + 1), context.Barrier(count), context.Queue()
+
+    def work(index: int, folder: Path) -> None:
+        texts: dict[int, str] = {}
+        for repeat in range(repeats + 1):
+            start.wait()
+            texts = ours(made, mode, index, count, folder / f"{repeat}.bin", encoded)
+            start.wait()
+        found.put(texts)
+
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=work, args=(index, Path(folder)), daemon=True) for index in range(count)]
+        for process in processes:
+            process.start()
+        fastest = float("inf")
+        for _ in range(repeats + 1):
+            start.wait(600)
+            began = time.perf_counter()
+            start.wait(600)
+            fastest = min(fastest, time.perf_counter() - began)
+        texts = {place: text for _ in processes for place, text in found.get(timeout=60).items()}
+        for process in processes:
+            process.join()
+    return ITEMS / fastest, texts
+
+
+def engine(made: Setup, spill: Path | None = None) -> Any:
     from eval.features import ImageFeatures
     from eval.generate import Generator
 
-    features = ImageFeatures(made.model, made.device)
+    features = ImageFeatures(made.model, made.device, spill=spill)
     return Generator(made.model, made.tokenizer, features, stop=(), max_new_tokens=NEW_TOKENS)
 
 
@@ -148,31 +191,56 @@ def rate(work: Callable[[], object], device: str, repeats: int) -> float:
     return ITEMS / fastest
 
 
-def engine_row(mode: str, made: Setup, repeats: int) -> Row:
-    import os
+def peer_rates(device: str, mode: str, repeats: int) -> dict[str, Any]:
+    """In a process of its own, whose torch nobody has helped (mm1/cpu.py): {"rates": threads -> items/s, "texts": answers}."""
+    command = [sys.executable, "-m", "benchmarks.fewshot", "--device", device, "--repeats", str(repeats), "--peer", mode]
+    done = subprocess.run(command, env=os.environ | {"MM1_PLAIN_MKL": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the peer failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
+
+def print_peer(device: str, mode: str, repeats: int) -> None:
     import torch
 
-    cores = os.cpu_count() or 1
+    made = setup(device)
+    rates, texts = {}, plain_loop(made, mode)
+    for threads in sorted({1, CORES}) if device == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        rates[threads] = rate(partial(plain_loop, made, mode), device, repeats)
+    print(json.dumps({"rates": rates, "texts": texts}))
+
+
+def engine_row(mode: str, made: Setup, repeats: int) -> Row:
+    import torch
+
     torch.set_num_threads(1)
-    said = ours(made, mode)
-    different = sum(a != b for a, b in zip(said, plain_loop(made, mode), strict=True))
+    if made.device == "cpu":
+        mine, said = side_by_side(made, mode, repeats, CORES)
+        limit = CORES * rate(partial(read_alone, made, mode), made.device, repeats)
+    else:
+        said = ours(made, mode)
+        mine, limit = (rate(partial(work, made, mode), made.device, repeats) for work in (ours, read_alone))
+    peer = peer_rates(made.device, mode, repeats)
+    different = sum(said[place] != text for place, text in enumerate(peer["texts"]))
     if different > ITEMS // 20:  # a tie in the last bit may fall otherwise; more is not the same work
         raise AssertionError(f"{mode}: {different} of {ITEMS} answers differ from the plain loop's; nothing to compare")
-    mine, limit = (rate(partial(work, made, mode), made.device, repeats) for work in (ours, read_alone))
-    peers = {}
-    for threads in sorted({1, cores}) if made.device == "cpu" else [1]:
-        torch.set_num_threads(threads)
-        peers[threads] = rate(partial(plain_loop, made, mode), made.device, repeats)
-    best = max(peers, key=lambda threads: peers[threads])
-    name = f"generate, item by item, {best} thread{'s' * (best > 1)}"
-    return Row(mode, mine, peers[best], mine / peers[best], limit, "items/s", name, "images encoded and prompts read alone")
+    threads, best = max(peer["rates"].items(), key=lambda pair: pair[1])
+    name = f"generate, item by item, {threads} thread{'s' * (int(threads) > 1)}"
+    return Row(mode, mine, best, mine / best, limit, "items/s", name, "images encoded and prompts read alone")
 
 
 CASES = ("fixed", "per_query", "cider", "cider_cached", "cider_captions")
 
 
 def main() -> None:
+    from mm1.cpu import use_whole_width
+
+    use_whole_width()
+    if "--peer" in sys.argv:  # what peer_rates starts
+        _, _, device, _, repeats, _, mode = sys.argv
+        print_peer(device, mode, int(repeats))
+        return
     chosen = arguments(__doc__ or "", CASES)
     cases = chosen.case or CASES
     modes = [mode for mode in ("fixed", "per_query") if mode in cases]

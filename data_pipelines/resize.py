@@ -14,24 +14,17 @@ bits differ from torch's, torch itself resizes and stderr says so once: nothing 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import paths
+from data_pipelines import native
 
 SOURCE = Path(__file__).with_name("resize.c")
-COMPILERS = ("cc", "gcc", "g++")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off")
 """No contraction to fused multiply-adds: the weights are then the same on every machine."""
 CHECKED = (((37, 41), (20, 23)), ((5, 3), (9, 14)), ((33, 18), (33, 11)))
 """Sizes (height, width) before and after of the pictures whose bits are compared with torch's when the kernel is loaded."""
@@ -92,41 +85,8 @@ class Kernel:
 
 
 def build(folder: Path, *flags: str) -> Path:
-    """Compiles resize.c for this CPU into folder, unless it is there already, and gives the library's path.
-
-    Processes may race: each compiles into a file of its own and renames it. Raises OSError when folder cannot be written,
-    RuntimeError when nothing here compiles it.
-    """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise RuntimeError(f"no C compiler found ({', '.join(COMPILERS)})")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = (SOURCE.read_text(), version, _cpu(), *FLAGS, *flags)
-    library = folder / f"resize-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, own = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", own, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-                raise RuntimeError(f"{compiler} failed: {next((line for line in told if 'error' in line), told[0])}")
-            os.replace(own, library)
-        finally:
-            Path(own).unlink(missing_ok=True)
-    return library
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(names)})])
+    """native.build of resize.c."""
+    return native.build(SOURCE, folder, [*FLAGS, *flags])
 
 
 _LOCK = threading.Lock()
@@ -144,13 +104,9 @@ def _kernel() -> Kernel | None:
 
 def _load() -> Kernel | None:
     try:
-        try:
-            kernel = Kernel(build(paths.home() / "cache" / "build"))
-        except OSError:  # a home that cannot be written, or from which no code may be loaded
-            with tempfile.TemporaryDirectory() as folder:
-                kernel = Kernel(build(Path(folder)))
+        kernel = native.load(SOURCE, FLAGS, Kernel)
         _check(kernel)
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
+    except native.FAILURES as error:
         print(f"resize: pictures are resized by torch, at a third of the speed: {error}", file=sys.stderr)
         return None
     return kernel

@@ -253,6 +253,9 @@ def main(config: EvalConfig) -> None:
 
     Interrupted, it goes on where it stopped; finished, it prints what is there.
     """
+    from mm1.cpu import use_whole_width
+
+    use_whole_width()
     summary, folder = evaluate(config)
     print(render(summary, folder))
 

@@ -120,7 +120,7 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
         yield from worker.encode()
         yield from worker.answer(done)
         return
-    import torch.multiprocessing as multiprocessing
+    import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # a fork would lose what CUDA holds
     sent, encoded = context.Queue(), context.Barrier(count)
@@ -156,6 +156,9 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
 
 def _work(index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int, sent: Any, encoded: Any) -> None:
     """A worker process. It plans for itself: nothing but settings and ids crosses."""
+    from mm1.cpu import use_whole_width
+
+    use_whole_width()
     from data_pipelines.loader import die_with_parent
     from eval.fewshot import prepare
 

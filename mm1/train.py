@@ -31,7 +31,9 @@ def main(config: TrainConfig) -> int:
     goes on where its last checkpoint stood; a finished one is not repeated.
     """
     from data_pipelines.prepare import ensure_corpus
+    from mm1.cpu import use_whole_width
 
+    use_whole_width()
     corpus = ensure_corpus(config.data.corpus)
     fingerprint = Manifest.load(corpus).fingerprint
     run = run_for(config, fingerprint)

@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines import resize
+from data_pipelines import native, resize
 
-HAS_COMPILER = any(map(shutil.which, resize.COMPILERS))
+HAS_COMPILER = any(map(shutil.which, native.COMPILERS[".c"]))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler")
 WAYS = [(), ("-DPORTABLE",)] + ([("-mno-avx512f",), ("-mno-avx2",)] if platform.machine() == "x86_64" else [])
 SIZES = st.tuples(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**32 - 1))
@@ -88,7 +88,7 @@ def test_reads_and_writes_nothing_else(size: tuple[int, int], to: tuple[int, int
     """The picture ends where readable memory ends: a load behind it would be a segmentation fault."""
     program = f"""
 import ctypes, mmap, pathlib, numpy as np
-from data_pipelines import resize
+from data_pipelines import native, resize
 kernel = resize.Kernel(pathlib.Path({str(resize.build(built))!r}))
 size, page = {size[0] * size[1] * 3}, mmap.PAGESIZE
 room = -(-size // page) * page
@@ -165,7 +165,7 @@ def test_torch_takes_over(
 @needs_compiler
 def test_processes_may_compile_at_once(tmp_path: Path) -> None:
     """With a compiler that leaves half a file for a while, the second process must not load what the first is still writing."""
-    real = next(filter(None, map(shutil.which, resize.COMPILERS)))
+    real = next(filter(None, map(shutil.which, native.COMPILERS[".c"])))
     slow = tmp_path / "cc"
     slow.write_text(
         f"""#!/bin/sh
