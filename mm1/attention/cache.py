@@ -16,7 +16,6 @@ Sums in float64 make taking tokens off again (`crop`) as good as never having ad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from configs.errors import UserError
-from mm1.attention.segments import Segment
+from mm1.attention.segments import Prefix, Segment
 from mm1.attention.sparq import SparqSettings
 
 STEP = 64
@@ -49,34 +48,6 @@ class Latest:
 
     def __deepcopy__(self, memo: Any) -> Latest:
         return Latest()
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """What rows share: keys, values (1, Hkv, P, d), keys_t (1, Hkv, d, P) or None, P slots of which the first `padding` are not
-    valid; total (1, Hkv, d) float64 and count of the valid values."""
-
-    keys: Tensor
-    keys_t: Tensor | None
-    values: Tensor
-    padding: int
-    total: Tensor
-    count: int
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
-
-    def segment(self, batch: int) -> Segment:
-        start = torch.full((batch,), self.padding, dtype=torch.int64, device=self.keys.device)
-        return Segment(self.keys, self.keys_t, self.values, start, torch.full_like(start, self.length))
-
-    def to(self, device: Any) -> Prefix:
-        keys_t = None if self.keys_t is None else self.keys_t.to(device)
-        return Prefix(self.keys.to(device), keys_t, self.values.to(device), self.padding, self.total.to(device), self.count)
-
-    def __deepcopy__(self, memo: Any) -> Prefix:
-        return self  # nobody writes to it
 
 
 class SparqLayer(CacheLayerMixin):

@@ -31,8 +31,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from configs.errors import UserError
-from mm1.attention.cache import Prefix, SparqCache, SparqLayer
-from mm1.attention.segments import dense_shared
+from mm1.attention.cache import SparqCache, SparqLayer
+from mm1.attention.segments import Prefix, dense_shared
 from mm1.attention.sparq import SparqSettings, dense_decode, sparq_decode, sparq_shared
 
 NAME = "sparq"

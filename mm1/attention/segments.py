@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,34 @@ class Segment:
         """bool (B, C)."""
         slots = torch.arange(self.keys.shape[2], device=self.keys.device)
         return (slots >= self.start[:, None]) & (slots < self.stop[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What rows share: keys, values (1, Hkv, P, d), keys_t (1, Hkv, d, P) or None, P slots of which the first `padding` are not
+    valid; total (1, Hkv, d) float64 and count of the valid values."""
+
+    keys: Tensor
+    keys_t: Tensor | None
+    values: Tensor
+    padding: int
+    total: Tensor
+    count: int
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[2]
+
+    def segment(self, batch: int) -> Segment:
+        start = torch.full((batch,), self.padding, dtype=torch.int64, device=self.keys.device)
+        return Segment(self.keys, self.keys_t, self.values, start, torch.full_like(start, self.length))
+
+    def to(self, device: Any) -> Prefix:
+        keys_t = None if self.keys_t is None else self.keys_t.to(device)
+        return Prefix(self.keys.to(device), keys_t, self.values.to(device), self.padding, self.total.to(device), self.count)
+
+    def __deepcopy__(self, memo: Any) -> Prefix:
+        return self  # nobody writes to it
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
