@@ -7,10 +7,12 @@ each of the classes below, with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,23 @@ def recorded(monkeypatch: pytest.MonkeyPatch, run: bool = True) -> list[Launch]:
     for name in KERNELS:
         monkeypatch.setattr(sparq_triton, name, Recorder(launches, name, getattr(sparq_triton, name), run))
     return launches
+
+
+def fenced(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Scratch between fences; the result says whether they stand."""
+    fences: list[Tensor] = []
+
+    def empty(like: Tensor, *size: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        room = torch.full((math.prod(size) + 128,), 77, dtype=dtype)
+        fences.extend((room[:64], room[-64:]))
+        return room[64:-64].view(size)
+
+    def check() -> None:
+        assert fences
+        assert all((fence == 77).all() for fence in fences), "written outside of a buffer"
+
+    monkeypatch.setattr(sparq_triton, "_empty", empty)
+    return check
 
 
 def a_shape(d: int, g: int, capacity: int, wanted: SparqSettings, dtype: torch.dtype = torch.float32, batch: int = 1) -> Shape:
@@ -283,6 +302,22 @@ class TestSelect:
         assert set(sparq_triton.select(scores, 12, chunk=32)[0].tolist()) == set(scores[0].topk(12).indices.tolist())
         assert [grid for _, grid, _, _ in launches] == [(1, 19), (1, 4), (1, 1)]
 
+    def test_nan_is_a_token_too(self) -> None:
+        """Of either sign: k different slots all the same, for what would be read at places that nobody wrote?"""
+        scores = torch.tensor([[torch.nan, 1.0, -torch.nan, 0.0] * 10])
+        scores[:, 2::4] = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # every bit set
+        for k in (12, 35):
+            found = sparq_triton.select(scores, k)[0].tolist()
+            assert len(set(found)) == k
+            assert set(found) <= set(range(40))
+
+    def test_writes_stay_inside(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many ties at the k-th, one wanted place a tie."""
+        check = fenced(monkeypatch)
+        for window, chunk in ((0, None), (3, None), (0, 16), (8, 16)):
+            sparq_triton.select(torch.zeros(2, 50), 8, window=window, chunk=chunk)
+            check()
+
     @pytest.mark.parametrize(("k", "window"), [(0, 0), (9000, 0), (4, 5), (4, -1)])
     def test_refuses(self, k: int, window: int) -> None:
         with pytest.raises(ValueError, match="k="):
@@ -322,6 +357,15 @@ class TestHost:
 
         monkeypatch.setattr(sparq_triton, "_empty", dirty)
         assert torch.equal(clean, sparq_triton.sparq_decode_triton(*ours, shape.settings, plan=plan))
+
+    @pytest.mark.parametrize("name", ["one chunk", "several chunks and shares", "more shares than blocks", "local window only"])
+    def test_writes_stay_inside(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        d, g, capacity, extents, wanted, dtype, shares, chunk = CASES[name]
+        shape = a_shape(d, g, capacity, wanted, dtype, len(extents))
+        (q, *ours), _ = a_step(shape, extents)
+        check = fenced(monkeypatch)
+        sparq_triton.sparq_decode_triton(torch.zeros_like(q), *ours, wanted, plan=a_plan(shape, shares, chunk))
+        check()
 
     def test_warm_up_keeps_the_fastest_plan_and_decode_uses_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sparq_triton, "_plans", {})

@@ -31,8 +31,8 @@ import triton.language as tl
 
 @triton.jit
 def _ordered(score):
-    """float32 to uint32 in the same order, from 1 up; -0.0 as 0.0."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    """float32 other than -0.0 to uint32 in the same order, from 1 up (NaN too: first or last, but a token)."""
+    bits = score.to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) | -2147483648)  # positive: the sign bit set; negative: every bit flipped
     return tl.maximum(bits.to(tl.uint32, bitcast=True), 1)
 
@@ -99,7 +99,7 @@ def _chunk_keys(
     slot = first + tl.arange(0, N)
     inside = slot < length
     if FROM_LOGITS:
-        score = tl.zeros((N,), tl.float32)
+        score = tl.zeros((N,), tl.float32)  # a sum that starts from 0.0 is never -0.0
         for head in tl.static_range(G):
             logit = tl.load(logits + (row * G + head) * length + slot, inside, other=0.0)
             if SOFTMAX and G > 1:
