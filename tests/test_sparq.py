@@ -222,6 +222,11 @@ def test_two_segments_are_one_ranking_over_both(rows: int, group: str) -> None:
             expected.append(definition(*one, settings))
         got = sparq_torch(q, [prefix, suffix], torch.cat(means), settings)
         assert (got - torch.cat(expected)).abs().max() < 1e-12
+        # before a row's first token, as padded questions have it, there is the prefix alone
+        nothing = replace(suffix, start=zero, stop=zero)
+        alone = definition(q, keys[:, :, 3:50], values[:, :, 3:50], settings)
+        got = sparq_torch(q, [prefix, nothing], values[:, :, 3:50].mean(2), settings)
+        assert (got - alone).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
