@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -20,10 +19,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from data_pipelines import native
 from mm1.attention import sparq, sparq_cpu
 from mm1.attention.sparq import Segment, SparqSettings, dense_decode, sparq_torch
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, sparq_cpu.COMPILERS)), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS[".cpp"])), reason="no C++ compiler")
 WAYS = [(), ("-DPORTABLE",)] + ([("-mno-avx512f",)] if platform.machine() == "x86_64" else [])
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
 """Of outputs of about 1: float32 sums in another order; one unit of bfloat16's last place between 2 and 4."""
@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def compiled_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of this module's tests are compiled into one folder; a test that builds its own empties the list."""
-    if any(map(shutil.which, sparq_cpu.COMPILERS)):
+    if any(map(shutil.which, native.COMPILERS[".cpp"])):
         folder = request.getfixturevalue("built")
         monkeypatch.setattr(sparq_cpu, "_loaded", [sparq_cpu.Kernel(sparq_cpu.build(folder))])
 
@@ -316,35 +316,3 @@ def test_it_is_what_decodes_on_a_cpu() -> None:
         assert torch.equal(sparq.sparq_decode(**case, settings=SPARSE), decode(case, SPARSE))
     assert not sparq_cpu.supports(case["q"].half())
     assert not sparq_cpu.supports(case["q"].requires_grad_())
-
-
-@needs_compiler
-def test_processes_may_compile_at_once(tmp_path: Path) -> None:
-    """With a compiler that leaves half a file until the other process compiles too, neither loads what the other is writing."""
-    real = shutil.which("c++") or shutil.which("g++")
-    slow = tmp_path / "c++"
-    slow.write_text(
-        f"""#!/bin/sh
-if [ "$1" = --version ]; then exec {real} --version; fi
-echo begun >> {tmp_path}/log
-for word; do [ "$last" = -o ] && echo half > "$word"; last=$word; done
-while [ "$(wc -l < {tmp_path}/log)" -lt 2 ]; do sleep 0.1; done
-exec {real} "$@"
-"""
-    )
-    slow.chmod(0o755)
-    small = tmp_path / "small.cpp"
-    small.write_text('extern "C" int sparq_decode_float32() { return 0; } extern "C" int sparq_decode_bfloat16() { return 0; }')
-    folder = tmp_path / "build"
-    program = f"""
-from mm1.attention import sparq_cpu
-from pathlib import Path
-sparq_cpu.SOURCE = Path({str(small)!r})
-sparq_cpu.Kernel(sparq_cpu.build(Path({str(folder)!r})))
-"""
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [sys.executable, "-c", program]
-    both = [subprocess.Popen(command, env=environment, cwd=sparq_cpu.SOURCE.parent.parent.parent) for _ in range(2)]
-    assert [process.wait(120) for process in both] == [0, 0]
-    assert (tmp_path / "log").read_text() == "begun\n" * 2
-    assert [path.suffix for path in folder.iterdir()] == [".so"]

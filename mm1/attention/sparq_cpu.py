@@ -10,26 +10,19 @@ Rows of at most max(k, dense_below - 1) valid tokens are attended to by `dense_d
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
 import struct
-import subprocess
-import tempfile
 import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data_pipelines import paths
+from data_pipelines import native
 from mm1.attention.sparq import Segment, SparqSettings, dense_decode, sparq_torch
 
 SOURCE = Path(__file__).with_name("sparq_cpu.cpp")
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-DENSE_BELOW = {torch.float32: 512, torch.bfloat16: 512}
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+DENSE_BELOW = {torch.float32: 640, torch.bfloat16: 640}
 """Valid tokens from which on a step is faster than dense, measured: docs/sparq.md."""
 DTYPES = tuple(DENSE_BELOW)
 _JOB = struct.Struct("8P 7q 13q 4q d")
@@ -57,20 +50,20 @@ def sparq_decode(
 
     Keys, values and keys_t may be views whose last dimension is dense; on any other layout PyTorch decodes.
     """
-    kernel = load()
     dense_up_to = max(settings.k, (DENSE_BELOW[q.dtype] if settings.dense_below is None else settings.dense_below) - 1)
-    lengths = [end - first for first, end in zip(start.tolist(), stop.tolist(), strict=True)]
-    if max(lengths) <= dense_up_to:
-        return dense_decode(q, keys, values, start, stop, scale=scale)
+    extents = list(zip(start.tolist(), stop.tolist(), strict=True))
+    dense = [row for row, (first, end) in enumerate(extents) if end - first <= dense_up_to]
+    if len(dense) == len(extents):
+        return dense_decode(q, keys, values, start, stop, scale=scale, extents=extents)
     layers = (keys, keys_t, values)
     if any(layer.stride(3) != 1 or layer.dtype != q.dtype for layer in layers):
         return sparq_torch(q, [Segment(keys, keys_t, values, start, stop)], value_mean, settings, scale=scale)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    output = kernel(q, keys, keys_t, values, start, stop, value_mean, settings, dense_up_to, factor)
-    for row, length in enumerate(lengths):
-        if length <= dense_up_to:
-            one = slice(row, row + 1)
-            output[one] = dense_decode(q[one], keys[one], values[one], start[one], stop[one], scale=scale)
+    output = load()(q, keys, keys_t, values, start, stop, value_mean, settings, dense_up_to, factor)
+    for row in dense:
+        one = slice(row, row + 1)
+        rows = (tensor[one] for tensor in (q, keys, values, start, stop))
+        output[one] = dense_decode(*rows, scale=scale, extents=extents[one])
     return output
 
 
@@ -121,15 +114,11 @@ _loaded: list[Kernel] = []
 
 
 def load() -> Kernel:
-    """The kernel, built if it is not there yet. Raises OSError or RuntimeError where that is impossible."""
+    """The kernel, built if it is not there yet. Raises one of native.FAILURES where that is impossible."""
     if not _loaded:
         with _LOCK:
             if not _loaded:
-                try:
-                    _loaded.append(Kernel(build(paths.home() / "cache" / "build")))
-                except OSError:  # a home that cannot be written, or from which no code may be loaded
-                    with tempfile.TemporaryDirectory() as folder:
-                        _loaded.append(Kernel(build(Path(folder))))
+                _loaded.append(native.load(SOURCE, FLAGS, Kernel))
     return _loaded[0]
 
 
@@ -137,44 +126,11 @@ def available() -> bool:
     """Whether the kernel is there or can be built here."""
     try:
         load()
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
+    except native.FAILURES:
         return False
     return True
 
 
 def build(folder: Path, *flags: str) -> Path:
-    """Compiles sparq_cpu.cpp for this CPU into folder, unless it is there already, and gives the library's path.
-
-    Processes may race: each compiles into a file of its own and renames it. Raises OSError when folder cannot be written,
-    RuntimeError when nothing here compiles it.
-    """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise RuntimeError(f"no C++ compiler found ({', '.join(COMPILERS)})")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    parts = (SOURCE.read_text(), version, _cpu(), *FLAGS, *flags)
-    library = folder / f"sparq-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
-    if not library.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, own = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        try:
-            command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", own, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-                raise RuntimeError(f"{compiler} failed: {next((line for line in told if 'error' in line), told[0])}")
-            os.replace(own, library)
-        finally:
-            Path(own).unlink(missing_ok=True)
-    return library
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(names)})])
+    """native.build of sparq_cpu.cpp."""
+    return native.build(SOURCE, folder, [*FLAGS, *flags])
