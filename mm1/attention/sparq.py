@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from mm1.attention.segments import Segment, dense_shared
+from mm1.attention.settings import GROUPS as GROUPS
 from mm1.attention.settings import SparqSettings
 
 _BACKENDS = {"cpu": "mm1.attention.sparq_cpu", "cuda": "mm1.attention.sparq_triton"}
