@@ -75,6 +75,8 @@ class Evaluation:
     items_plan: str = ""
     demonstration_seed: int = 0
     weights: str = ""
+    sparse: bool = False
+    """Decoded with SparQ attention."""
     repeats: dict[int, Evaluation] = field(default_factory=dict, repr=False)
 
     @property
@@ -286,6 +288,7 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
             items_plan=items_plan,
             demonstration_seed=demonstration_seed,
             weights=weights,
+            sparse=raw.get("sparq") is not None,
             tasks={
                 name: TaskSummary(
                     metric=task["metric"],

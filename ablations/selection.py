@@ -69,7 +69,10 @@ def select(
 
 
 def _plain(run: Run, evaluation: str | None) -> list[Evaluation]:
+    """Those named by `evaluation`; by default the dense ones, and those of SparQ attention where there are no others."""
     plain = [e for e in run.evaluations if e.control is None]
+    if not evaluation and any(not e.sparse for e in plain):
+        plain = [e for e in plain if not e.sparse]
     return plain if not evaluation else [found for e in plain if (found := e.named(evaluation)) is not None]
 
 

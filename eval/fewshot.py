@@ -28,7 +28,9 @@ from eval.tasks.official.presence import check_compared, check_images
 from eval.tasks.settings import load_settings
 from eval.tasks.sources import read_sources, split_names
 from eval.workers import Cell, Encoded, messages
+from mm1.attention.settings import SparqSettings
 
+ATTENTIONS = ("dense", "sparq")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -57,6 +59,9 @@ class EvalConfig:
     """That answer side by side; null: one a GPU, one on a CPU."""
     image_memory_gb: int = 2
     """GB of encoded images that each process keeps in memory; the others wait in a file of the results' folder."""
+    attention: str = "dense"
+    """How answers are decoded: dense, or sparq, by the settings of `sparq`."""
+    sparq: SparqSettings = field(default_factory=SparqSettings)
     dtype: str = "float32"
     threads: int | None = None
     """On a CPU; null: one for models under SMALL_MODEL parameters, else torch's own choice."""
@@ -83,6 +88,10 @@ class EvalConfig:
             raise UserError(f"image_memory_gb={self.image_memory_gb}: give a number from 1 up.")
         if self.threads is not None and self.threads < 1:
             raise UserError(f"threads={self.threads}: give a number from 1 up, or null.")
+        if self.attention not in ATTENTIONS:
+            raise UserError(f"attention={self.attention}: choose from {', '.join(ATTENTIONS)}.")
+        if self.attention == "dense" and self.sparq != SparqSettings():
+            raise UserError("sparq.*: these settings need attention=sparq.")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}: choose from {', '.join(DTYPES)}.")
         if self.nearest_by is not None and self.demonstrations != "nearest":
@@ -193,6 +202,7 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
         config.dtype,
         {"name": target.name, "hash": target.hash},
         target.weights,
+        config.sparq if config.attention == "sparq" else None,
     )
     return target, results
 
@@ -249,6 +259,7 @@ def main(config: EvalConfig) -> None:
     images=true           shuffled or none: controls that show whether the model looks at its images
     demonstrations=per_query   or fixed: the same ones before every query; nearest: the most similar images, nearest_by=RUN's eyes
     demonstration_seed=null    other demonstrations for the same queries; tables show the spread of several
+    attention=dense       or sparq, with sparq.r=32 sparq.k=128 (docs/sparq.md)
     batch_size=16 device=auto processes=null dtype=float32 threads=null seed=0 prompts=null vqa_metric=null task_corpus=null
 
     Interrupted, it goes on where it stopped; finished, it prints what is there.

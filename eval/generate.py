@@ -28,7 +28,7 @@ from eval.prompts import Part
 if TYPE_CHECKING:
     import torch
 
-    from mm1.attention.sparq import SparqSettings
+    from mm1.attention.settings import SparqSettings
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,10 @@ class Generator:
             embeddings, real = self._padded([(prompt.ids, prompt.starts, prompt.images) for prompt in prompts])
             apart = max(queries)
             begun = self._forward(embeddings[:, :-apart], real[:, :-apart], None)
-            embeddings = embeddings[:, -apart:]
-            state = self._forward(embeddings, real[:, -apart:], begun.copy())
+            embeddings, state = embeddings[:, -apart:], begun.copy()
+            if hasattr(state.cache, "questions"):  # SparQ: of what was set apart only the queries attend sparsely
+                state.cache.questions(queries)
+            state = self._forward(embeddings, real[:, -apart:], state)
         length = self.model.config.num_image_tokens
         contexts = []
         for row, query in zip(embeddings, queries, strict=True):

@@ -28,6 +28,7 @@ from eval.plan import Plan
 from eval.statistics import Estimate, clustered_mean, mean_over_tasks
 from eval.tasks.pool import TaskData
 from eval.tasks.settings import TaskSettings
+from mm1.attention.settings import SparqSettings
 
 RESULTS_VERSION = 1
 REFERENCES_KEY = {"captioning": "references", "vqa": "answers", "binding": "references"}
@@ -62,6 +63,8 @@ class Results:
     dtype: str
     run: dict[str, str]
     weights: str
+    sparq: SparqSettings | None = None
+    """SparQ attention's, None for dense attention."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class Results:
             "control": self.control,
             "dtype": self.dtype,
             "settings": {name: asdict(settings) for name, settings in self.settings.items()},
-        }
+        } | ({} if self.sparq is None else {"sparq": asdict(self.sparq)})
 
     @property
     def hash(self) -> str:
@@ -204,6 +207,8 @@ class Results:
             "limit": self.plan.limit,
             "demonstrations": self.plan.mode,
             "dtype": self.dtype,
+            "sparq": None if self.sparq is None else asdict(self.sparq),
+            "demonstration_seed": self.plan.demonstration_seed,
             "corpus": {"name": self.plan.corpus, "fingerprint": self.plan.corpus_fingerprint},
             "tasks": {
                 name: {
@@ -240,7 +245,9 @@ def render(summary: dict[str, Any], folder: Path) -> str:
     lines.append(f"{'mean':<{width}}  {'':<15}  {'':>6}  {'':>6}  {cells}")
     sample = "all queries" if summary["limit"] is None else f"at most {summary['limit']} queries a task, a fixed sample"
     control = "" if summary["control"] is None else f", CONTROL: images {summary['control']}"
-    lines.append(f"points ± item-level standard error; {sample}; seed {summary['seed']}{control}")
+    drawn = "" if summary["demonstration_seed"] is None else f", demonstration seed {summary['demonstration_seed']}"
+    sparse = "" if summary["sparq"] is None else f"; SparQ attention, r {summary['sparq']['r']}, k {summary['sparq']['k']}"
+    lines.append(f"points ± item-level standard error; {sample}; seed {summary['seed']}{drawn}{sparse}{control}")
     lines.append(f"results in {folder}")
     return "\n".join(lines)
 

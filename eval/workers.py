@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from mm1.cpu import use_whole_width, whole_width_in_use
 
 if TYPE_CHECKING:
     from eval.fewshot import EvalConfig
@@ -55,7 +56,7 @@ class Worker:
         import torch
 
         from eval.features import ImageFeatures
-        from eval.generate import load_model
+        from eval.generate import caches, load_model
         from eval.prompter import Prompter
 
         self.config, self.results, self.index, self.count = config, results, index, count
@@ -63,6 +64,7 @@ class Worker:
         self.model, self.tokenizer = load_model(target.export, device, config.dtype)
         if device == "cpu" and (config.threads or count > 1 or self.model.num_parameters() < SMALL_MODEL):
             torch.set_num_threads(config.threads or 1)
+        self.new_cache = caches(self.model, results.sparq)
         self.features = ImageFeatures(
             self.model, device, config.image_memory_gb * 10**9, spill=results.features, key=target.weights
         )
@@ -81,7 +83,12 @@ class Worker:
         for (task, shots), known in done.items():
             settings, prompter = self.results.settings[task], self.prompters[task]
             generator = Generator(
-                self.model, self.tokenizer, self.features, stop=settings.stop, max_new_tokens=settings.max_new_tokens
+                self.model,
+                self.tokenizer,
+                self.features,
+                stop=settings.stop,
+                max_new_tokens=settings.max_new_tokens,
+                new_cache=self.new_cache,
             )
             queries = self.results.plan.tasks[task].queries
             requests = [prompter.request(query, shots) for query in queries]
@@ -124,7 +131,7 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
 
     context = multiprocessing.get_context("spawn")  # a fork would lose what CUDA holds
     sent, encoded = context.Queue(), context.Barrier(count)
-    given = (config, dict(done), count, sent, encoded)
+    given = (config, dict(done), count, whole_width_in_use(), sent, encoded)
     processes = [context.Process(target=_work, args=(index, *given), daemon=True) for index in range(count)]
     for process in processes:
         process.start()
@@ -154,11 +161,12 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
             process.join()
 
 
-def _work(index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int, sent: Any, encoded: Any) -> None:
+def _work(
+    index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int, wide: bool, sent: Any, encoded: Any
+) -> None:
     """A worker process. It plans for itself: nothing but settings and ids crosses."""
-    from mm1.cpu import use_whole_width
-
-    use_whole_width()
+    if wide:  # as in the process that started this one, or their last bits would differ
+        use_whole_width()
     from data_pipelines.loader import die_with_parent
     from eval.fewshot import prepare
 

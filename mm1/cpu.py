@@ -35,6 +35,11 @@ def use_whole_width() -> bool:
     return True
 
 
+def whole_width_in_use() -> bool:
+    """Whether `use_whole_width` took effect in this process."""
+    return bool(_loaded)
+
+
 def held_back() -> bool:
     """Whether MKL would take narrow code although the CPU has AVX-512."""
     lines = native.cpu_lines()

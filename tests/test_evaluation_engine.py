@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from configs.command import compose
 from configs.errors import UserError
 from eval.features import IMAGE_GROUP, ImageFeatures
-from eval.fewshot import evaluate
+from eval.fewshot import EvalConfig, evaluate
 from eval.generate import Answer, Generator, Request, load_model
 from eval.prompts import PROMPTS, build_prompt
 from eval.results import Results
 from eval.tasks.example import Example
+from mm1.attention.settings import SparqSettings
 from tests.corpus import COLOURS, square
 from tests.test_fewshot import config_folder, config_for, copy_of, files, picture
 from tests.test_fewshot import corpus as corpus
@@ -265,3 +267,54 @@ def test_results_of_every_item_are_complete(export: Path, corpus: Path, tmp_path
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert all(record["entropy"] >= 0 and record["logprob"] <= 0 for record in records)
         assert len({record["image_gain"] for record in records}) > 1
+
+
+# ------------------------------------------------------------------------------------------------------------------- SparQ
+
+
+def test_sparq_is_a_setting_with_results_of_its_own(export: Path, corpus: Path, tmp_path: Path) -> None:
+    model = copy_of(export, tmp_path)
+
+    def predictions(**changes: Any) -> tuple[Path, list[float]]:
+        _, folder = evaluate(config_for(model, corpus, shots=[4], demonstrations="fixed", tasks=["questions"], **changes))
+        return folder, [json.loads(line)["logprob"] for line in (folder / "questions.4.jsonl").read_text().splitlines()]
+
+    dense, said = predictions()
+    everything, same = predictions(attention="sparq", sparq=SparqSettings(r=8, k=4096))
+    few, others = predictions(attention="sparq", sparq=SparqSettings(r=2, k=4, dense_below=0))
+    assert len({dense, everything, few}) == 3
+    assert same == said, "k covers every token"
+    assert max(abs(a - b) for a, b in zip(said, others, strict=True)) > 1e-3, "else nothing was sparse"
+    assert json.loads((few / "summary.json").read_text())["sparq"]["k"] == 4
+
+
+@pytest.mark.parametrize("mode", ["fixed", "per_query"])
+def test_batch_size_changes_no_sparse_answer(export: Path, corpus: Path, tmp_path: Path, mode: str) -> None:
+    sparq = SparqSettings(r=4, k=16, dense_below=0)
+
+    def said(batch_size: int) -> list[tuple[str, float]]:
+        model = copy_of(export, tmp_path / str(batch_size))
+        config = config_for(
+            model,
+            corpus,
+            shots=[4],
+            demonstrations=mode,
+            tasks=["questions"],
+            attention="sparq",
+            sparq=sparq,
+            batch_size=batch_size,
+        )
+        records = [json.loads(line) for line in (evaluate(config)[1] / "questions.4.jsonl").read_text().splitlines()]
+        return [(record["prediction"], record["logprob"]) for record in records]
+
+    one, four = said(1), said(4)
+    assert [text for text, _ in one] == [text for text, _ in four]
+    assert [value for _, value in one] == pytest.approx([value for _, value in four], abs=1e-4)
+
+
+def test_settings_of_sparq_without_sparq_are_refused() -> None:
+    with pytest.raises(UserError, match="need attention=sparq"):
+        compose("eval", EvalConfig, ["run=x", "sparq.k=64"])
+    with pytest.raises(UserError, match=r"sparq\.k=0"):
+        compose("eval", EvalConfig, ["run=x", "attention=sparq", "sparq.k=0"])
+    assert compose("eval", EvalConfig, ["run=x", "attention=sparq", "sparq.k=64"]).sparq == SparqSettings(k=64)

@@ -10,8 +10,8 @@ class Example:
     """One item of a task.
 
     `references`: captioning, its reference captions; vqa, the annotators' answers; binding, the right name alone. `names` and
-    `demonstrations` are filled for binding only, whose demonstrations belong to the item instead of being drawn from a pool. `number`: the
-    image's in ImageFeatures, where that stands for the bytes.
+    `demonstrations` are filled for binding only, whose demonstrations belong to the item instead of being drawn from a pool.
+    `number`: the image's in ImageFeatures, where that stands for the bytes.
     """
 
     id: str
