@@ -97,7 +97,7 @@ def row(name: str, repeats: int, bandwidth: float) -> TimedRow:
     mine = 1e6 * fastest.pop("ours")
     best = min(fastest, key=lambda one: fastest[one])
     peer = 1e6 * fastest[best]
-    dense = tokens < max(DENSE_BELOW[dtype], K + 1)
+    dense = tokens < max(DENSE_BELOW[dtype], K + 1)  # as sparq_decode decides
     moved = 2 * size if dense else batch * KV_HEADS * (tokens * R + 2 * K * HEAD) * dtype.itemsize
     limit = f"bytes at {bandwidth / 1e9:.0f} GB/s, {torch.get_num_threads()} threads"
     return TimedRow(name, mine, peer, peer / mine, 1e6 * moved / bandwidth, "us", best, limit, moved)

@@ -316,3 +316,22 @@ def test_it_is_what_decodes_on_a_cpu() -> None:
         assert torch.equal(sparq.sparq_decode(**case, settings=SPARSE), decode(case, SPARSE))
     assert not sparq_cpu.supports(case["q"].half())
     assert not sparq_cpu.supports(case["q"].requires_grad_())
+
+
+@needs_compiler
+@BOTH
+@pytest.mark.parametrize("flags", WAYS)
+def test_its_dense_attention(flags: tuple[str, ...], dtype: torch.dtype, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparq_cpu, "_loaded", [sparq_cpu.Kernel(sparq_cpu.build(built, *flags))])
+    for group, d, lengths in ((1, 64, [1]), (4, 128, [300, 0, 17]), (7, 80, [1100]), (3, 20, [5, 64])):
+        case = step(len(lengths), 2, group, d, lengths, dtype, d)
+        del case["keys_t"], case["value_mean"]
+        for scale in (None, 0.2):
+            expected = dense_decode(
+                *(case[name].double() if case[name].is_floating_point() else case[name] for name in case), scale=scale
+            )
+            mine = sparq_cpu.dense_decode(**case, scale=scale)
+            assert mine.dtype == dtype
+            torch.testing.assert_close(mine.double(), expected, rtol=TOLERANCE[dtype] / 2, atol=TOLERANCE[dtype] / 2)
+            columns = case | {name: case[name].transpose(2, 3).contiguous().transpose(2, 3) for name in ("keys", "values")}
+            assert torch.equal(sparq_cpu.dense_decode(**columns, scale=scale), mine)

@@ -1,4 +1,4 @@
-// One decoding step of SparQ attention on the CPU. The method is sparq.py's, which is its definition; see sparq_cpu.py.
+// One decoding step of SparQ attention on the CPU, or of dense attention. The method is sparq.py's; see sparq_cpu.py.
 //
 //     score   r rows of K^T, a block of slots at a time --> p = exp2(logit - the block's maximum), for each head of the group
 //     rank    blocks are brought to one maximum and summed over the group --> integers in the order of the ranks
@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <utility>
 #ifdef _OPENMP
 #include <omp.h>
@@ -26,10 +27,11 @@ struct Job {  // as sparq_cpu.py packs it; strides count elements
     const float *mean;
     void *out;
     const int64_t *start, *stop;
-    int64_t rows, kv_heads, group, d, r, k, local;
+    int64_t rows, kv_heads, group, d, r, k, local, reallocate, rank_logits;
     int64_t q_row, q_head, keys_row, keys_head, keys_slot, keys_t_row, keys_t_head, keys_t_channel;
-    int64_t values_row, values_head, values_slot, mean_row, mean_head;
-    int64_t threads, reallocate, rank_logits, dense_up_to;
+    int64_t values_row, values_head, values_slot, mean_row, mean_head, threads;
+    int64_t dense_up_to;  // slots: shorter rows are left out
+    int64_t dense;        // attend to all slots
     double scale;
 };
 
@@ -205,7 +207,8 @@ template <class T> struct Unit {
     int64_t *channels;
 
     void lay_out(Memory &memory, const Job &j, int64_t longest) {
-        const int64_t g = j.group, b = (longest + BLOCK - 1) / BLOCK, padded_n = b * BLOCK, most_k = j.k;
+        const int64_t g = j.group, b = j.dense ? 0 : (longest + BLOCK - 1) / BLOCK, padded_n = b * BLOCK;
+        const int64_t most_k = j.dense ? longest : j.k;
         const int64_t r4 = (j.r + CHANNELS - 1) / CHANNELS * CHANNELS;
         p = memory.take<float>(g * (padded_n + SKEW));
         peaks = memory.take<float>(g * b), sums = memory.take<float>(g * b), factors = memory.take<float>(g * b);
@@ -226,8 +229,8 @@ template <class T> struct Unit {
         mean = j.mean + row * j.mean_row + head * j.mean_head;
         out = (T *)j.out + number * j.group * j.d;
         n = j.stop[row] - first;
-        k = j.k, local = j.local;
-        blocks = n > j.dense_up_to ? (n + BLOCK - 1) / BLOCK : 0;
+        k = j.dense ? n : j.k, local = j.local;
+        blocks = !j.dense && n > j.dense_up_to ? (n + BLOCK - 1) / BLOCK : 0;
         stride = blocks * BLOCK + SKEW;
         for (spread = BLOCK / LANES; spread > 1 && n / spread < 4 * k; spread /= 2)
             ;
@@ -513,9 +516,17 @@ template <class T> struct Unit {
     }
 
     void finish() {
-        if (!blocks)
+        if (job->dense && n <= 0) {
+            for (int64_t i = 0; i < job->group * job->d; i++)
+                put(out + i, 0.0f);
             return;
-        select();
+        }
+        if (job->dense)
+            std::iota(selected, selected + n, 0);
+        else if (blocks)
+            select();
+        else
+            return;
         for (int64_t h = 0; h < job->group; h += HEADS)
             switch (std::min<int64_t>(HEADS, job->group - h)) {
             case 1: attend<1>(h); break;

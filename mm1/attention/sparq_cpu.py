@@ -4,7 +4,8 @@ sparq_cpu.cpp is compiled for this machine's CPU at first use (about three secon
 torch's OpenMP threads and obeys torch.set_num_threads; the number of threads changes no bit. Where it cannot be built, sparq.py
 runs in PyTorch and says so.
 
-Rows of at most max(k, dense_below - 1) valid tokens are attended to by `dense_decode`, to the bit.
+Rows of at most max(k, dense_below - 1) valid tokens are attended to by sparq.dense_decode, to the bit. This module's own
+`dense_decode` is the part of the kernel that attends to chosen tokens, given all of them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor
 
 from data_pipelines import native
-from mm1.attention.sparq import Segment, SparqSettings, dense_decode, sparq_torch
+from mm1.attention import sparq
+from mm1.attention.sparq import Segment, SparqSettings, sparq_torch
 
 SOURCE = Path(__file__).with_name("sparq_cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-DENSE_BELOW = {torch.float32: 640, torch.bfloat16: 640}
+DENSE_BELOW = {torch.float32: 640, torch.bfloat16: 896}
 """Valid tokens from which on a step is faster than dense, measured: docs/sparq.md."""
 DTYPES = tuple(DENSE_BELOW)
-_JOB = struct.Struct("8P 7q 13q 4q d")
+_JOB = struct.Struct("8P 9q 13q 3q d")
 """sparq_cpu.cpp's Job."""
 
 
@@ -54,7 +56,7 @@ def sparq_decode(
     extents = list(zip(start.tolist(), stop.tolist(), strict=True))
     dense = [row for row, (first, end) in enumerate(extents) if end - first <= dense_up_to]
     if len(dense) == len(extents):
-        return dense_decode(q, keys, values, start, stop, scale=scale, extents=extents)
+        return sparq.dense_decode(q, keys, values, start, stop, scale=scale, extents=extents)
     layers = (keys, keys_t, values)
     if any(layer.stride(3) != 1 or layer.dtype != q.dtype for layer in layers):
         return sparq_torch(q, [Segment(keys, keys_t, values, start, stop)], value_mean, settings, scale=scale)
@@ -63,8 +65,25 @@ def sparq_decode(
     for row in dense:
         one = slice(row, row + 1)
         rows = (tensor[one] for tensor in (q, keys, values, start, stop))
-        output[one] = dense_decode(*rows, scale=scale, extents=extents[one])
+        output[one] = sparq.dense_decode(*rows, scale=scale, extents=extents[one])
     return output
+
+
+def dense_decode(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    *,
+    scale: float | None = None,
+    extents: list[tuple[int, int]] | None = None,
+) -> Tensor:
+    """As sparq.dense_decode, for what `supports` takes; torch is faster on fewer than about 64 tokens."""
+    layers = (keys, values)
+    if any(layer.stride(3) != 1 or layer.dtype != q.dtype for layer in layers):
+        keys, values = (layer.to(q.dtype).contiguous() for layer in layers)
+    return load()(q, keys, None, values, start, stop, None, None, 0, q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 class Kernel:
@@ -80,32 +99,38 @@ class Kernel:
         self,
         q: Tensor,
         keys: Tensor,
-        keys_t: Tensor,
+        keys_t: Tensor | None,
         values: Tensor,
         start: Tensor,
         stop: Tensor,
-        value_mean: Tensor,
-        settings: SparqSettings,
+        mean: Tensor | None,
+        settings: SparqSettings | None,
         dense_up_to: int,
         scale: float,
     ) -> Tensor:
-        """Decodes the rows of more than dense_up_to >= k valid tokens; the others' output is left as it comes."""
+        """Decodes the rows of more than dense_up_to >= k valid tokens; the others' output is left as it comes.
+
+        Without keys_t, mean and settings all rows are attended to densely.
+        """
         batch, heads, d = q.shape
         kv_heads = keys.shape[1]
         if q.stride(2) != 1:
             q = q.contiguous()
         start, stop = start.contiguous(), stop.contiguous()
-        mean = value_mean if value_mean.stride(2) == 1 and value_mean.dtype == torch.float32 else value_mean.float().contiguous()
+        if keys_t is None or mean is None or settings is None:
+            keys_t, mean, method = keys, values, (0, 0, 0, False, False)
+        else:
+            s = settings
+            method = (min(s.r, d), s.k, s.window, s.reallocate, s.group == "logits")
+            if mean.stride(2) != 1 or mean.dtype != torch.float32:
+                mean = mean.float().contiguous()
         output = torch.empty((batch, heads, d), dtype=q.dtype)
         pointers = (t.data_ptr() for t in (q, keys, keys_t, values, mean, output, start, stop))
-        job = _JOB.pack(
-            *pointers,
-            batch, kv_heads, heads // kv_heads, d, min(settings.r, d), settings.k, settings.window,
-            *q.stride()[:2], *keys.stride()[:3], *keys_t.stride()[:3], *values.stride()[:3], *mean.stride()[:2],
-            torch.get_num_threads(), settings.reallocate, settings.group == "logits", dense_up_to, scale,
-        )  # fmt: skip
+        strides = (*q.stride()[:2], *keys.stride()[:3], *keys_t.stride()[:3], *values.stride()[:3], *mean.stride()[:2])
+        shape = (batch, kv_heads, heads // kv_heads, d)
+        job = _JOB.pack(*pointers, *shape, *method, *strides, torch.get_num_threads(), dense_up_to, settings is None, scale)
         if self._decode[q.dtype](job):
-            raise RuntimeError(f"no memory for SparQ attention over {keys.shape[2]} tokens")
+            raise RuntimeError(f"no memory for attention over {keys.shape[2]} tokens")
         return output
 
 
