@@ -230,11 +230,13 @@ def test_offloading_waits_for_the_attention(monkeypatch: pytest.MonkeyPatch) -> 
     assert moved == ["cpu"]
 
 
-def test_what_inference_mode_stored_goes_on_outside_it() -> None:
+@pytest.mark.parametrize("reordered", [False, True])
+def test_what_inference_mode_stored_goes_on_outside_it(reordered: bool) -> None:
     layer, mirror, generator = SparqLayer(SparqSettings()), Mirror(1), torch.Generator().manual_seed(0)
     with torch.inference_mode():
         append(layer, mirror, 3, generator)
-        layer.reorder_cache(torch.tensor([0]))
+        if reordered:
+            layer.reorder_cache(torch.tensor([0]))
     append(layer, mirror, 3, generator)
     with torch.inference_mode():
         append(layer, mirror, 3, generator)
