@@ -90,5 +90,12 @@ class Composer:
             raise UserError(f"{override}: {first_line(error)}") from error
 
 
+def named(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """A command's arguments with `scale=tiny` as `scale_name=tiny`: a bare group's name would mean that group's file to Hydra."""
+    return [
+        f"{key}_name={value}" if (key := a.partition("=")[0]) in keys and (value := a.partition("=")[2]) else a for a in arguments
+    ]
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,6 +15,7 @@ without the attention matrices).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 SAMPLED_TOKENS = 262_144
 """Of each source, packed to learn what a sequence holds: 512 sequences at scale tiny, 0.2 % standard error of their tokens."""
-LANES = 4
+MOST_LANES = 32
 CAPTION_TEXT, INTERLEAVED_TEXT = 24, 326
 UNKNOWN_VOCABULARY = 32_000
 CACHE_VERSION = 1
@@ -159,26 +160,33 @@ def _measured(config: TrainConfig, sources: Mapping[str, SourceConfig], folder: 
         "unit": data.unit,
         "packing": asdict(config.packing),
         "image_tokens": config.image_tokens,
+        "lanes": (lanes := min(config.train.global_batch, MOST_LANES)),
+        "sequences": (count := _sampled(config, max(config.data.sources[name].ratio for name in sources))),
     }
-    found = Cache("sequences").get(described, lambda: asdict(_read_sequences(config, data, folder)))
+    found = Cache("sequences").get(described, lambda: asdict(_read_sequences(config, data, folder, lanes, count)))
     return Contents(**found)
 
 
-def _read_sequences(config: TrainConfig, data: Any, folder: Path) -> Contents:
+def _sampled(config: TrainConfig, ratio: float) -> int:
+    """Sequences to look at: about as many as training takes of a source (the first are packed tighter), to a power of two."""
+    taken = config.train.steps * config.train.global_batch * ratio
+    return max(32, min(2 ** round(math.log2(max(taken, 1))), SAMPLED_TOKENS // config.packing.seq_len))
+
+
+def _read_sequences(config: TrainConfig, data: Any, folder: Path, lanes: int, count: int) -> Contents:
     from data_pipelines.lanes import LaneStream
     from data_pipelines.packing import IGNORE
 
     tokenizer = _tokenizer(config.decoder.tokenizer or config.decoder.path or str(folder / "tokenizer"))
-    stream = LaneStream(folder, data, config.packing, tokenizer, image_tokens=config.image_tokens, global_batch=LANES, seed=0)
+    stream = LaneStream(folder, data, config.packing, tokenizer, image_tokens=config.image_tokens, global_batch=lanes, seed=0)
     sums = dict.fromkeys(Contents.__annotations__, 0.0)
-    sampled = max(32, SAMPLED_TOKENS // config.packing.seq_len)
-    for item in islice(stream.lanes(list(range(LANES))), sampled):
+    for item in islice(stream.lanes(list(range(lanes))), count):
         real = item.sequence.document_ids > 0
         sums["images"] += len(item.sequence.images)
         sums["tokens"] += int(real.sum())
         sums["pairs"] += int((item.sequence.position_ids[real] + 1).sum())
         sums["labels"] += int((item.sequence.labels != IGNORE).sum())
-    return Contents(**{key: value / sampled for key, value in sums.items()})
+    return Contents(**{key: value / count for key, value in sums.items()})
 
 
 @cache

@@ -71,7 +71,7 @@ def mismatch(matching: str, baseline: Mapping[str, Any], run: Mapping[str, Any],
         return None
     if wanted == 0:
         return f"{matching} {got:g}, the baseline none"
-    return None if abs(got / wanted - 1) <= within else f"{matching} {100 * (got / wanted - 1):+.1f} %"
+    return None if abs(got / wanted - 1) <= within + 1e-9 else f"{matching} {100 * (got / wanted - 1):+.1f} %"
 
 
 def marks(matching: str, runs: Iterable[tuple[str, int, bool, Mapping[str, Any]]], within: float = WITHIN) -> dict[str, str]:

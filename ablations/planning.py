@@ -24,7 +24,6 @@ from configs.errors import UserError
 from data_pipelines import paths
 from mm1.run import write_atomically
 
-
 COSTS = ("parameters", "trained", "tokens", "images", "forward_flops", "backward_flops", "flops", "memory", "assumed")
 
 
@@ -64,25 +63,23 @@ def build_cells(
     suite: SuiteConfig, scale: str, *, seeds: Sequence[int], extra: Iterable[str] = (), processes: int = 1
 ) -> list[SuiteCell]:
     """Compose, match, cost and hash every cell. Raises UserError that lists all that is invalid."""
-    cells = match(suite, plan_cells(suite, scale, seeds=seeds, extra=extra))
-    known = runs_by_hash()
-    costs: dict[str, dict[str, float]] = {}
+    planned = plan_cells(suite, scale, seeds=seeds, extra=extra)
     problems: dict[str, str] = {}
-    for cell in cells:
-        if cell.label in costs or cell.label in problems:
-            continue
+    for label, cell in {cell.label: cell for cell in planned}.items():
         try:
             check_sources(cell.config)
-            cost = cost_of(cell.config, processes)
-            costs[cell.label] = {
-                key: float(getattr(cost, key))
-                for key in COSTS
-            }
+            cost_of(cell.config)
         except UserError as error:
-            problems[cell.label] = str(error)
+            problems[label] = str(error)
     if problems:
         listed = "\n  ".join(f"{label}: {text}" for label, text in list(problems.items())[:20])
         raise UserError(f"suite {suite.name}, scale {scale}: {len(problems)} cells cannot be trained:\n  {listed}")
+    cells = match(suite, planned)
+    costs: dict[str, dict[str, float]] = {}
+    for label, cell in {cell.label: cell for cell in cells}.items():
+        cost = cost_of(cell.config, processes)
+        costs[label] = {key: float(getattr(cost, key)) for key in COSTS}
+    known = runs_by_hash()
     return [_suite_cell(suite, cell, known, costs[cell.label]) for cell in cells]
 
 
@@ -99,8 +96,9 @@ def _suite_cell(suite: SuiteConfig, cell: PlannedCell, known: dict[str, Path], c
     )
 
 
-def with_seconds(cells: Sequence[SuiteCell], composer: Composer, *, threads: int, processes: int, measure: bool) ->
-list[SuiteCell]:
+def with_seconds(
+    cells: Sequence[SuiteCell], composer: Composer, *, threads: int, processes: int, measure: bool
+) -> list[SuiteCell]:
     """The cells with `seconds` of training in their cost, where they are known (calibrate.py, or a finished seed of the cell)."""
     from ablations.calibrate import OVERHEAD, seconds_per_flop
 
@@ -113,7 +111,8 @@ list[SuiteCell]:
         if rate is not None:
             taken[cell.label] = rate * cell.cost["flops"]
     return [
-        replace(cell, cost=cell.cost | ({"seconds": taken[cell.label] + OVERHEAD} if cell.label in taken else {})) for cell in cells
+        replace(cell, cost=cell.cost | ({"seconds": taken[cell.label] + OVERHEAD} if cell.label in taken else {}))
+        for cell in cells
     ]
 
 

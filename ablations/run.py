@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ablations.composing import named
 from ablations.launchers import LauncherConfig
 from ablations.suite import SCALES, SuiteConfig, suite_names
 from configs.command import command
@@ -30,7 +31,7 @@ class RunConfig:
     suite: SuiteConfig | None = None
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     action: str = "run"
-    scale: str = "tiny"
+    scale_name: str = "tiny"
     seeds: Any = None
     steps: int | None = None
     cells: list[str] = field(default_factory=list)
@@ -48,8 +49,8 @@ class RunConfig:
     def validate(self) -> None:
         if self.action not in ACTIONS:
             raise UserError(f"action={self.action}: must be one of {', '.join(ACTIONS)}.")
-        if self.scale not in SCALES:
-            raise UserError(f"scale={self.scale}: must be one of {', '.join(SCALES)}.")
+        if self.scale_name not in SCALES:
+            raise UserError(f"scale={self.scale_name}: must be one of {', '.join(SCALES)}.")
         for key in ("steps", "parallel", "threads", "processes"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -83,6 +84,8 @@ def gathered(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         key = argument.partition("=")[0].lstrip("+~")
         if number == 0 and argument in ACTIONS:
             own.append(f"action={argument}")
+        elif key == "scale":
+            own += named([argument], ["scale"])
         elif key.startswith("evaluation."):
             own.append(f"suite.{argument}")
         elif argument.startswith("-") or key.partition(".")[0] in {*names, "hydra"}:
@@ -138,7 +141,7 @@ def act(config: RunConfig, extra: Sequence[str]) -> int:
         from ablations.planning import suite_folder
 
         name = config.suite.name if config.suite is not None else ""
-        place = suite_folder(name, config.scale, extra, config.folder)
+        place = suite_folder(name, config.scale_name, extra, config.folder)
         return _status(place) if config.action == "status" else _resume(place)
     return _run(config, extra)
 
@@ -151,7 +154,7 @@ def _step_overrides(config: RunConfig, extra: Sequence[str]) -> list[str]:
 
     if any(o.startswith("train.steps=") for o in extra):
         raise UserError(f"steps={config.steps} and {next(o for o in extra if o.startswith('train.steps='))}: give one of them.")
-    base = Composer().compose([f"scale={config.scale}", *extra])
+    base = Composer().compose([f"scale={config.scale_name}", *extra])
     warmup = round(base.optim.warmup_steps * config.steps / base.train.steps)
     found = [f"train.steps={config.steps}"]
     if not any(o.startswith("optim.warmup_steps=") for o in extra):
@@ -175,14 +178,14 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
     assert suite is not None
     dry = config.dry_run or config.action == "plan"
     if not dry:
-        _prepare_corpora(suite, config.scale, extra)
-    cells = build_cells(suite, config.scale, seeds=config.seed_list(), extra=extra, processes=config.processes)
+        _prepare_corpora(suite, config.scale_name, extra)
+    cells = build_cells(suite, config.scale_name, seeds=config.seed_list(), extra=extra, processes=config.processes)
     if config.cells:
         if unknown := set(config.cells) - {cell.label for cell in cells}:
             known = ", ".join(dict.fromkeys(cell.label for cell in cells))
             raise UserError(f"cells: {', '.join(sorted(unknown))} are not in the suite. There are: {known}.")
         cells = [cell for cell in cells if cell.baseline or cell.label in config.cells]
-    place = suite_folder(suite.name, config.scale, extra, config.folder)
+    place = suite_folder(suite.name, config.scale_name, extra, config.folder)
     keys = evaluation_keys(suite.evaluation)
     if config.tflops is not None:
         peak = config.tflops * 1e12 * config.mfu * config.processes
@@ -193,7 +196,7 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
         measure = config.calibrate and _fits(cells, gpus)
         cells = with_seconds(cells, Composer(), threads=threads, processes=parallel, measure=measure)
     states = [state_of(place, cell, keys, config.retries) for cell in cells]
-    print(f"Suite {suite.name} at scale {config.scale}: {suite.about}\nMatched by {suite.matching}. Per seed:\n")
+    print(f"Suite {suite.name} at scale {config.scale_name}: {suite.about}\nMatched by {suite.matching}. Per seed:\n")
     print(plan_table(cells, states, dollars_an_hour=config.price_per_hour, devices=config.processes))
     if config.tflops is not None:
         print(f"Assumed: {config.tflops:g} TFLOP/s a device, {config.mfu:.0%} of it reached (MFU), evaluation left out.")
@@ -203,7 +206,7 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
         print(f"{parallel} at once, {threads} threads each{f', {gpus} GPUs' if gpus else ''}: {wall}.")
     if dry:
         return 0
-    place.save(asdict(suite), config.scale, [a for a in [*sys.argv[1:], *_EXTRA] if not a.startswith("action=")], cells)
+    place.save(asdict(suite), config.scale_name, [a for a in [*sys.argv[1:], *_EXTRA] if not a.startswith("action=")], cells)
     from ablations.launchers import make_launcher
 
     launcher = make_launcher(config.launcher, place.folder, gpus)
@@ -226,7 +229,7 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
             if final[cell.hash].name == FAILED and not claimed(cell.hash):
                 print(f"\n{cell.name}:\n{final[cell.hash].note}", file=sys.stderr)
         return 1
-    print(f"All finished. The table: python -m ablations.table suite={suite.name} scale={config.scale}")
+    print(f"All finished. The table: python -m ablations.table suite={suite.name} scale={config.scale_name}")
     return 0
 
 

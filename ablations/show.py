@@ -60,7 +60,8 @@ class Live:
 
 def plan_table(cells: Sequence[SuiteCell], states: Sequence[State], *, dollars_an_hour: float | None, devices: float) -> str:
     """One row a variant: what each of its seeds costs, how many there are, and the sum over all that is left to do."""
-    header = "cell|seeds|parameters|trained|steps|tokens|images|FLOPs fwd|FLOPs bwd|memory|time|done".split("|")
+    header = ["cell", "seeds", "parameters", "trained", "steps", "tokens", "images"]
+    header += ["FLOPs fwd", "FLOPs bwd", "memory", "time", "done"]
     rows: list[list[str]] = []
     groups: dict[str, list[tuple[SuiteCell, State]]] = {}
     for cell, state in zip(cells, states, strict=True):
@@ -75,7 +76,7 @@ def plan_table(cells: Sequence[SuiteCell], states: Sequence[State], *, dollars_a
             duration(cost["seconds"]) if "seconds" in cost else "?", f"{done}/{len(members)}",
         ])  # fmt: skip
     runs = {cell.hash: (cell, state) for cell, state in zip(cells, states, strict=True)}
-    left = [cell for cell, state in runs.values() if state.name not in (FINISHED, TRAINED)]
+    left = [cell for cell, _ in runs.values() if not cell.trained]
     lines = [aligned(header, rows), ""]
     shared = len(cells) - len(runs)
     also = f" ({shared} cells are the same run as another and cost nothing)" if shared else ""

@@ -1,0 +1,337 @@
+"""The runner with cells that only sleep, fail or are killed, and one real suite of two tiny cells from plan to results."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ablations import record as records
+from ablations.launchers import LauncherConfig, LocalLauncher, SubmititLauncher, make_launcher, submitit_executor
+from ablations.record import RECORD_VERSION, SuiteCell, SuiteFolder, claim, state_of, suites_folder, update_record
+from ablations.runner import Runner
+from configs.errors import UserError
+from data_pipelines import paths
+from mm1.run import Run, write_atomically
+from tests.models import TRAIN_OVERRIDES
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = """
+import json, os, pathlib, sys, time
+run, behaviour, beats = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+run.mkdir(parents=True, exist_ok=True)
+beats.mkdir(parents=True, exist_ok=True)
+beat = beats / f"{run.name}.{len(list(beats.glob(run.name + '.*')))}"
+beat.write_text(json.dumps([time.time(), os.getpid()]))
+steps = json.loads((run / "run.json").read_text())["steps"] if (run / "run.json").exists() else 0
+def write(**more):
+    (run / "run.json").write_text(json.dumps({"version": 1, "hash": run.name.rpartition("-")[2], "steps": steps, **more}))
+if behaviour == "fails" or (behaviour == "fails once" and beat.name.endswith(".0")):
+    print("the disk is made of cheese")
+    sys.exit(3)
+if behaviour == "dies once" and beat.name.endswith(".0"):
+    steps = 7; write(status="running")
+    os.kill(os.getpid(), 9)
+if behaviour == "hangs once" and beat.name.endswith(".0"):
+    steps = 5; write(status="running")
+    time.sleep(60)
+time.sleep(float(behaviour) if behaviour[0].isdigit() else 0)
+steps += 1
+write(status="finished", resumed_from=steps - 1)
+(run / "export").mkdir(exist_ok=True)
+(run / "export" / "config.json").write_text("{}")
+beat.write_text(json.dumps([*json.loads(beat.read_text()), time.time()]))
+"""
+
+
+class Fake:
+    """A suite whose cells are little programs in place of training; each start leaves a file with its beginning and end."""
+
+    def __init__(self, home: Path, behaviours: list[str], suite: str = "fake") -> None:
+        self.beats = home / "beats"
+        self.script = home / "train.py"
+        self.script.parent.mkdir(parents=True, exist_ok=True)
+        self.script.write_text(TRAIN)
+        self.place = SuiteFolder(suites_folder() / f"{suite}-tiny")
+        self.behaviours = {f"{i:08x}": behaviour for i, behaviour in enumerate(behaviours)}
+        self.cells = [
+            SuiteCell(
+                suite, f"v{key[-1]}", {"axis": f"v{key[-1]}"}, 0, key == "00000000", key, paths.runs() / f"run-{key}", (), 1
+            )
+            for key in self.behaviours
+        ]
+        self.place.save({"name": suite}, "tiny", [], self.cells)
+
+    def job(self, cell: SuiteCell) -> Path:
+        argv = [sys.executable, str(self.script), str(cell.folder), self.behaviours[cell.hash], str(self.beats)]
+        job = {
+            "version": RECORD_VERSION,
+            "run": str(cell.folder),
+            "record": str(self.place.record_path(cell)),
+            "log": str(self.place.log_path(cell)),
+            "commands": [{"kind": "train", "argv": argv}],
+        }
+        write_atomically(self.place.job_path(cell), json.dumps(job))
+        return self.place.job_path(cell)
+
+    def runner(self, parallel: int = 2, retries: int = 1, **more: Any) -> Runner:
+        self.out = io.StringIO()
+        options: dict[str, Any] = {"evaluations": [], "parallel": parallel, "retries": retries, "poll": 0.02, "out": self.out}
+        return Runner(self.place, self.cells, more.pop("launcher", LocalLauncher()), self.job, **options, **more)
+
+    def started(self, number: int) -> list[Path]:
+        return sorted(self.beats.glob(f"run-{number:08x}.*"))
+
+
+def states(final: dict[str, records.State]) -> list[str]:
+    return [state.name for state in final.values()]
+
+
+def test_a_failing_cell_is_tried_again_reported_and_blocks_no_other(home: Path) -> None:
+    fake = Fake(home, ["fails", "0", "fails once", "0", "dies once"])
+    final = fake.runner(parallel=2, retries=1).run()
+    assert states(final) == ["failed", "finished", "finished", "finished", "finished"]
+    assert [len(fake.started(i)) for i in range(5)] == [2, 1, 2, 1, 2]
+    assert "the disk is made of cheese" in final["00000000"].note
+    assert "exit status 3" in final["00000000"].note
+    assert "made of cheese" in fake.place.log_path(fake.cells[0]).read_text()
+    assert "failed: v0.seed0: the disk is made of cheese" in fake.out.getvalue()
+    assert fake.cells[4].run.info["resumed_from"] == 7  # went on from what the killed process had saved
+
+
+def test_a_second_start_skips_what_is_finished_and_tries_what_failed(home: Path) -> None:
+    fake = Fake(home, ["fails", "0"])
+    fake.runner(retries=0).run()
+    fake.behaviours["00000000"] = "0"
+    assert states(fake.runner(retries=0).run()) == ["finished", "finished"]
+    assert [len(fake.started(i)) for i in range(2)] == [2, 1]
+
+
+def test_as_many_at_once_as_asked_and_no_more(home: Path) -> None:
+    fake = Fake(home, ["0.4"] * 5)
+    fake.runner(parallel=2).run()
+    spans = [json.loads(path.read_text()) for path in fake.beats.iterdir()]
+    at_once = [sum(b[0] <= a[0] < b[2] for b in spans) for a in spans]
+    assert max(at_once) == 2
+
+
+def test_a_killed_runner_leaves_nothing_running_and_the_next_goes_on(home: Path) -> None:
+    fake = Fake(home, ["hangs once", "0"])
+    program = (
+        "import sys; from pathlib import Path; from tests.test_runner import Fake\n"
+        "fake = Fake(Path(sys.argv[1]), ['hangs once', '0']); fake.runner(parallel=1).run()"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", program, str(home)], cwd=ROOT)
+    wait_for(lambda: bool(fake.started(0)) and Run(fake.cells[0].folder).info.get("steps") == 5)
+    with pytest.raises(UserError, match="another runner works on this suite"):
+        fake.runner().run()
+    assert state_of(fake.place, fake.cells[0], [], 0).name == "running"
+    runner.kill()
+    runner.wait()
+    pid = json.loads(fake.started(0)[0].read_text())[1]
+    wait_for(lambda: not alive(pid))
+    assert state_of(fake.place, fake.cells[0], [], 0).name == "interrupted"
+    assert states(fake.runner(parallel=1).run()) == ["finished", "finished"]
+    assert fake.cells[0].run.info["resumed_from"] == 5
+
+
+def test_ctrl_c_stops_the_cells_and_does_not_count_as_a_failure(home: Path) -> None:
+    fake = Fake(home, ["hangs once", "hangs once"])
+    runner = fake.runner(parallel=1)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    final = runner.run()
+    assert len(fake.started(0)) == 1
+    assert not fake.started(1)
+    assert not alive(json.loads(fake.started(0)[0].read_text())[1])
+    assert fake.place.record(fake.cells[0]).get("failures", 0) == 0
+    assert "failed" not in states(final)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_two_suites_that_share_a_run_train_it_once(home: Path) -> None:
+    one, other = Fake(home, ["0"]), Fake(home, ["0", "0"], suite="other")
+    one.runner().run()
+    assert states(other.runner().run()) == ["finished", "finished"]
+    assert len(one.started(0)) == 1
+
+
+def test_a_run_that_another_process_trains_is_waited_for(home: Path) -> None:
+    fake = Fake(home, ["0", "0"])
+    held = claim("00000000")
+    assert held is not None
+    assert claim("00000000") is None
+    runner = fake.runner()
+    begun: list[bool] = []
+
+    def release(_: float) -> None:
+        if fake.cells[1].trained and not begun:
+            begun.append(bool(fake.started(0)))
+            os.close(held)
+        sleep(0.02)
+
+    sleep = time.sleep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ablations.runner.time.sleep", release)
+        assert states(runner.run()) == ["finished", "finished"]
+    assert begun == [False]
+
+
+def test_a_folder_of_another_suite_and_half_written_files_are_named_and_left_alone(home: Path) -> None:
+    fake = Fake(home, ["0", "0"])
+    plan = fake.place.plan_path.read_bytes()
+    with pytest.raises(UserError, match=r"holds suite fake, scale tiny, not other, tiny.*folder="):
+        fake.place.save({"name": "other"}, "tiny", [], fake.cells)
+    assert fake.place.plan_path.read_bytes() == plan
+    mine = home / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="something else than a suite"):
+        SuiteFolder(mine).save({"name": "fake"}, "tiny", [], fake.cells)
+    assert [path.name for path in mine.iterdir()] == ["thesis.tex"]
+
+    update_record(fake.place.record_path(fake.cells[1]), suite="fake", hash="00000001")
+    whole = fake.place.record_path(fake.cells[1]).read_text()
+    fake.place.record_path(fake.cells[1]).write_text(whole[:-5])
+    final = fake.runner().run()
+    assert states(final) == ["finished", "damaged"]
+    assert "half-written" in final["00000001"].note
+    assert fake.place.record_path(fake.cells[1]).read_text() == whole[:-5]
+    fake.place.plan_path.write_bytes(plan[:-9])
+    with pytest.raises(UserError, match=r"plan\.json is half-written"):
+        fake.place.cells()
+
+
+def test_a_half_written_result_is_damage_and_not_evaluated_over(home: Path) -> None:
+    fake = Fake(home, ["0"])
+    fake.runner().run()
+    cell = fake.cells[0]
+    update_record(fake.place.record_path(cell), evaluations={"key": "abc"})
+    assert state_of(fake.place, cell, ["key"], 0).name == "trained"  # its results were deleted: evaluate again
+    results = cell.folder / "results" / "abc"
+    results.mkdir(parents=True)
+    (results / "summary.json").write_text('{"version": 1, "means"')
+    state = state_of(fake.place, cell, ["key"], 0)
+    assert state.name == "damaged"
+    assert "summary.json is half-written" in state.note
+    (results / "summary.json").write_text('{"version": 1}')
+    assert state_of(fake.place, cell, ["key"], 0).name == "finished"
+    assert state_of(fake.place, cell, ["key", "another"], 0).name == "trained"
+
+
+def test_more_seeds_later_join_the_plan(home: Path) -> None:
+    fake = Fake(home, ["0"])
+    first = fake.cells[0]
+    second = SuiteCell(**vars(first) | {"seed": 1, "hash": "00000009", "overrides": ("seed=1",)})
+    fake.place.save({"name": "fake"}, "tiny", [], [second])
+    assert [cell.seed for cell in fake.place.cells()] == [1, 0]
+    other = SuiteCell(**vars(first) | {"hash": "00000008", "overrides": ("train.global_batch=8",)})
+    fake.place.save({"name": "fake"}, "tiny", [], [other])
+    assert [cell.hash for cell in fake.place.cells()] == ["00000008"]  # another configuration of the row is not mixed in
+
+
+# ------------------------------------------------------------------------------------------------------------ schedulers
+
+
+def test_slurm_gets_the_parameters_that_were_given(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
+    parameters = {"timeout_min": 600, "nodes": 2, "gpus_per_node": 8, "slurm_partition": "gpu"}
+    executor = submitit_executor(LauncherConfig("submitit", "slurm", parameters), home / "jobs")
+    executor.update_parameters(name="connector.avgpool.seed0")
+    script = executor._executor._make_submission_file_text("command", "uid")
+    for line in ("--time=600", "--nodes=2", "--gpus-per-node=8", "--partition=gpu", "--job-name=connector.avgpool.seed0"):
+        assert f"#SBATCH {line}" in script
+    with pytest.raises(UserError, match=r"launcher\.parameters.*gpus_per_nod"):
+        submitit_executor(LauncherConfig("submitit", "slurm", {"gpus_per_nod": 8}), home / "jobs")
+
+
+def test_cells_run_as_jobs_of_submitit(home: Path) -> None:
+    pytest.importorskip("submitit")
+    fake = Fake(home, ["0", "fails"])
+    launcher = make_launcher(LauncherConfig("submitit", "local", {"timeout_min": 1}), fake.place.folder, 0)
+    assert isinstance(launcher, SubmititLauncher)
+    assert states(fake.runner(retries=0, launcher=launcher).run()) == ["finished", "failed"]
+
+
+def test_without_submitit_its_extra_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match=r"mm1-ablations\[cluster\]"):
+        make_launcher(LauncherConfig("submitit"), home, 0)
+
+
+def test_a_hostfile_trains_over_its_hosts_one_cell_at_a_time(home: Path) -> None:
+    home.mkdir()
+    (home / "hosts").write_text("node1 slots=8\nnode2 slots=8\n")
+    config = LauncherConfig("hostfile", hostfile=str(home / "hosts"), options=["--master_port=29501"])
+    config.validate()
+    launcher = make_launcher(config, home, 0)
+    assert launcher.parallel == 1
+    assert launcher.train[1:] == [
+        "--hostfile",
+        str(home / "hosts"),
+        "--no_local_rank",
+        "--master_port=29501",
+        "--module",
+        "mm1.train",
+    ]
+    with pytest.raises(UserError, match=r"launcher\.hostfile=nowhere"):
+        LauncherConfig("hostfile", hostfile="nowhere").validate()
+
+
+# ------------------------------------------------------------------------------------------------------------ end to end
+
+
+def python(home: Path, module: str, *arguments: str) -> str:
+    environment = os.environ | {"MM1_HOME": str(home), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{arguments}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_a_real_suite_is_trained_and_evaluated_and_found_again(home: Path) -> None:
+    shapes = ["corpus.captions=120", "corpus.interleaved=60", "corpus.text=40", "corpus.queries=24"]
+    python(home, "data_pipelines.prepare", "corpus=shapes", *shapes)
+    settings = [o for o in TRAIN_OVERRIDES if not o.startswith("train.checkpoint")]
+    suite = ["suite=freeze", "cells=[frozen]", "data=shapes", *settings, "evaluation.limit=4", "evaluation.shots=[0,2]"]
+    out = python(home, "ablations.run", *suite, "parallel=2", "threads=1", "calibrate=false")
+    assert "2 runs: 2 finished" in out
+    (folder,) = (home / "suites").glob("freeze-tiny-*")
+    cells = SuiteFolder(folder).cells()
+    assert [(cell.label, cell.baseline) for cell in cells] == [("trained", True), ("frozen", False)]
+    assert all(cell.trained and len(list(cell.folder.glob("results/*/summary.json"))) == 1 for cell in cells)
+    planned = cells[0].cost
+    consumed = cells[0].run.info
+    assert consumed["tokens_seen"] == pytest.approx(planned["tokens"], rel=0.05)
+    assert consumed["images_seen"] == pytest.approx(planned["images"], rel=0.1)
+    assert consumed["flops"] == pytest.approx(planned["flops"], rel=0.08)
+    assert consumed["parameters"]["total"] == planned["parameters"]
+    times = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
+    again = python(home, "ablations.run", "resume", f"folder={folder.name}")
+    assert "to train: 0 runs" in again
+    assert "started" not in again
+    assert times == {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
