@@ -151,7 +151,8 @@ def test_below_the_threshold_it_is_dense_to_the_bit(shared: bool) -> None:
     prompt, mask = (ids(1, 30), torch.ones(1, 30, dtype=torch.int64)) if shared else left_padded(3, 30, [0, 7, 20])
     steps = [ids(3, 5, 1), ids(3, 1, 2)]
     results = []
-    for settings in (None, replace(SETTINGS, k=64), replace(SETTINGS, dense_below=64), replace(SETTINGS, dense_below=36)):
+    every = [replace(SETTINGS, k=64), *(replace(SETTINGS, dense_below=length) for length in (64, 36, 20))]
+    for settings in (None, *every):
         cache: Any = make_cache(model, settings)
         run(model, [prompt], mask, cache)
         if shared:
@@ -162,6 +163,8 @@ def test_below_the_threshold_it_is_dense_to_the_bit(shared: bool) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     assert torch.equal(results[3][0][1 - shared :], results[0][0][1 - shared :])
     assert not torch.equal(results[3][1], results[0][1])  # 36 tokens and more
+    if not shared:  # 11 to 16 tokens beside rows that are sparse
+        assert [torch.equal(results[4][0][b], results[0][0][b]) for b in range(3)] == [False, False, True]
 
 
 @pytest.mark.parametrize("suffix", ["sparse", "dense"])
