@@ -243,6 +243,15 @@ def test_a_left_padded_prefix_can_be_shared() -> None:
         run(model, [step], hidden, base.branch(2))
 
 
+def test_more_than_sixteen_at_once_are_a_prompt() -> None:
+    model = llama()
+    for n in (16, 17):
+        steps, mask = [ids(2, 20), ids(2, n, 1)], torch.ones(2, 20 + n, dtype=torch.int64)
+        use_sparq(model)
+        change = run(model, steps, mask, make_cache(model, SETTINGS))[1] - run(model, steps, mask, make_cache(model, None))[1]
+        assert (change.abs().max() > 1e-3) == (n == 16)
+
+
 def test_generate_is_transformers_own_where_nothing_is_left_out() -> None:
     """Greedy, beams (reorder), several sequences a prompt, and speculation by prompt lookup (crop)."""
     model = llama()
