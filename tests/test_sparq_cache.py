@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from mm1.attention.cache import SparqCache, SparqLayer
+from mm1.attention.cache import Latest, SparqCache, SparqLayer
 from mm1.attention.sparq import SparqSettings
 
 HEADS, D = 2, 4
@@ -241,3 +241,12 @@ def test_what_inference_mode_stored_goes_on_outside_it(reordered: bool) -> None:
     with torch.inference_mode():
         append(layer, mirror, 3, generator)
     check(layer, mirror)
+
+
+def test_what_was_worked_out_from_one_mask_is_not_taken_for_another() -> None:
+    """Masks of one shape and even of one content: a mask is known by being the same object."""
+    latest, masks, made = Latest(), [torch.ones(2, 3), torch.ones(2, 3)], []
+    for key in ((masks[0], 1), (masks[0], 1), (masks[1], 1), (masks[1], 2), (None, 2), (None, 2), (masks[0], 1)):
+        latest.get(key, lambda: made.append(0))
+    assert len(made) == 5
+    assert copy.deepcopy(latest).get((None, 2), lambda: "new") == "new"

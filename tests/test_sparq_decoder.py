@@ -217,6 +217,7 @@ def test_a_prompts_question_is_sparse_whatever_the_other_rows_are(suffix: str) -
         logits = torch.cat(run(model, [demonstrations, *pieces, after[b : b + 1]], torch.ones(1, 41 - pad), alone), 1)
         assert (logits[0, : 40 - pad] - got[0][b, pad:]).abs().max() < 1e-9
         assert (logits[0, -1] - got[1][b, 0]).abs().max() < 1e-9
+    assert all(layer.questions is None for layer in cache.layers)  # said for one forward pass
     plain = run(model, [prompt, after], full, make_cache(model, settings))
     changed = [float((a - b).abs().max()) > 1e-3 for a, b in zip(plain[0], got[0], strict=True)]
     assert changed == [suffix == "sparse", suffix == "sparse", False]  # the last has k tokens
