@@ -282,7 +282,8 @@ for d, slots in ((64, 1037), (7, 45)):
     for dtype in (torch.float32, torch.bfloat16):
         keys, values = torch.randn(2, 1, 2, slots, d).to(dtype)
         start, stop = torch.tensor([0]), torch.tensor([slots])
-        q, keys, keys_t, values = map(at_the_end, (torch.randn(1, 6, d).to(dtype), keys, keys.transpose(2, 3).contiguous(), values))
+        layers = (torch.randn(1, 6, d).to(dtype), keys, keys.transpose(2, 3).contiguous(), values)
+        q, keys, keys_t, values = map(at_the_end, layers)
         mean = at_the_end(values.float().mean(2))
         settings = SparqSettings(r=d, k=40, dense_below=0)
         assert sparq_cpu.sparq_decode(q, keys, keys_t, values, start, stop, mean, settings).isfinite().all()
