@@ -13,11 +13,13 @@ caches than the call before (1 GB of them, or one), so that none finds its data 
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import arguments, print_rows
+from configs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +124,10 @@ def main() -> None:
     if chosen.device == "cuda":
         from benchmarks import sparq_cuda
 
-        print_rows(sparq_cuda.rows(chosen.repeats, chosen.case), chosen.json)
+        try:
+            print_rows(sparq_cuda.rows(chosen.repeats, chosen.case), chosen.json)
+        except UserError as error:
+            sys.exit(str(error))
         return
     from mm1.cpu import use_whole_width
 
