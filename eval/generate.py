@@ -281,8 +281,7 @@ class Generator:
             apart = max(queries)
             begun = self._forward(embeddings[:, :-apart], real[:, :-apart], None)
             embeddings, state = embeddings[:, -apart:], begun.copy()
-            if hasattr(state.cache, "questions"):  # SparQ: of what was set apart only the queries attend sparsely
-                state.cache.questions(queries)
+            self._all_sparse(state, queries)
             state = self._forward(embeddings, real[:, -apart:], state)
         length = self.model.config.num_image_tokens
         contexts = []
@@ -341,6 +340,12 @@ class Generator:
         )
         return State(output.past_key_values, mask, self._logprobs(output.logits[:, -1]))
 
+    @staticmethod
+    def _all_sparse(state: State, lengths: list[int]) -> None:
+        """SparQ: of each row's next tokens the last `lengths` attend sparsely, however many the longest row has."""
+        if hasattr(state.cache, "questions"):
+            state.cache.questions(lengths)
+
     def _check_length(self, width: int) -> None:
         decoder = getattr(self.model.config, "text_config", None) or self.model.config
         most = getattr(decoder, "max_position_embeddings", None)
@@ -366,6 +371,7 @@ class Generator:
         if longest:
             embeddings = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, longest - len(row))) for row in rows])
             real = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
+            self._all_sparse(state, [longest] * len(rows))
             output = self.model(
                 inputs_embeds=embeddings,
                 attention_mask=torch.cat([state.mask, real], 1),
