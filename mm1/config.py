@@ -86,6 +86,19 @@ class EngineConfig:
     """CPU threads a process; None: all cores, shared evenly between the processes of a machine."""
     checkpointing: bool = False
     """Recompute the decoder's activations in the backward pass: less memory, a third more time."""
+    checkpoint_encoder: bool = False
+    """The same for the image encoder."""
+    attention: str = "auto"
+    """How documents are kept apart: packed (each by itself), flex (block-sparse, for GPUs), dense (a mask of S x S);
+    auto: packed on a CPU, dense on a GPU."""
+    kernels: str = "auto"
+    """auto: the faster of equal kernels for this processor (mm1/model/onednn.py); plain: torch's own choice."""
+    loss_chunk: int = 0
+    """Positions whose logits are in memory at once; 0: all."""
+    compile: str | None = None
+    """A backend of torch.compile (inductor) for the decoder's layers and the encoder; shapes must then repeat."""
+    liger: bool = False
+    """liger-kernel's fused decoder layers, on GPUs."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Merged over the DeepSpeed configuration this section makes, for offloading, communication settings and the like."""
 
@@ -96,6 +109,12 @@ class EngineConfig:
             raise UserError(f"engine.zero_stage={self.zero_stage}: must be 0, 1, 2 or 3.")
         if self.device not in ("auto", "cpu", "cuda"):
             raise UserError(f"engine.device={self.device}: must be auto, cpu or cuda.")
+        if self.attention not in ("auto", "packed", "flex", "dense"):
+            raise UserError(f"engine.attention={self.attention}: must be auto, packed, flex or dense.")
+        if self.kernels not in ("auto", "plain"):
+            raise UserError(f"engine.kernels={self.kernels}: must be auto or plain.")
+        if self.loss_chunk < 0:
+            raise UserError(f"engine.loss_chunk={self.loss_chunk}: positions at once, or 0 for all of them.")
         if self.micro_batch < 1 or self.workers < 0:
             raise UserError(f"engine.micro_batch={self.micro_batch}, engine.workers={self.workers}: at least 1 and 0.")
 

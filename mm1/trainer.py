@@ -33,6 +33,7 @@ from mm1.model.decoder import parameters_without_embeddings
 from mm1.model.multimodal import MultimodalLM
 from mm1.optim import learning_rate, parameter_groups, peak_learning_rate
 from mm1.run import Run, config_differences
+from mm1.speed import on_device, prepare
 
 SHOWN_FAULTS = 5
 """Lines a report of faults prints; the file has all."""
@@ -55,8 +56,7 @@ class Trainer:
         self.peak_lr = config.optim.peak_lr or peak_learning_rate(parameters_without_embeddings(model.decoder))
         groups = parameter_groups(model, config)
         self.parameters = count_parameters(model)
-        if config.engine.checkpointing:
-            model.decoder.gradient_checkpointing_enable()
+        prepare(model, config.engine, workers.device)
         self.engine = Engine(model, groups, workers, config.engine, config.optim, config.train.global_batch)
         # Compared with a checkpoint's: a tokeniser that was exchanged in its place, say, has the same path and other ids.
         self._identity = stream.identity() | {"image_encoder": {"image_size": model.config.image_size}}
@@ -135,10 +135,10 @@ class Trainer:
         tokens, images, flops, labelled, stops = map(int, self.workers.sum(counts))
         by_kind = torch.zeros(2, len(KINDS), dtype=torch.float64)
         z_loss = self.config.optim.z_loss
-        for batch in micro_batches:
-            self.lanes |= batch.lane_states
-            self.faults += batch.faults
-            batch = batch.to(self.workers.device)
+        losses = []
+        for micro_batch, batch in zip(micro_batches, on_device(micro_batches, self.workers.device), strict=True):
+            self.lanes |= micro_batch.lane_states
+            self.faults += micro_batch.faults
             output = self.engine(
                 input_ids=batch.input_ids,
                 images=batch.images,
@@ -152,8 +152,10 @@ class Trainer:
                 loss = loss + z_loss * output.token_z.sum()
             self.engine.backward(loss / max(labelled, 1))
             self.engine.step(self._learning_rate(self.step))
-            kinds = batch.kinds[batch.labels != IGNORE].cpu().long()
-            by_kind[0].index_add_(0, kinds, output.token_losses.detach().double().cpu())
+            losses.append(output.token_losses.detach().double())
+        for batch, own in zip(micro_batches, losses, strict=True):  # only now, so that a GPU is not waited for in between
+            kinds = batch.kinds[batch.labels != IGNORE].long()
+            by_kind[0].index_add_(0, kinds, own.cpu())
             by_kind[1].index_add_(0, kinds, torch.ones(len(kinds), dtype=torch.float64))
         sums = self.workers.sum(by_kind.flatten().tolist())
         self.seen["tokens"] += int(tokens)

@@ -106,7 +106,9 @@ def test_two_processes_compute_what_one_does(home: Path, corpus: Path, one_proce
     ours, expected = (load_file(the_run(h) / "export" / "model.safetensors") for h in (home, one_process))
     assert ours.keys() == expected.keys()
     for name, weight in expected.items():  # whole, gathered from the shards
-        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=2e-4)
+        # Softmax takes no notice of the keys' bias: its gradient is rounding, which AdamW makes steps of.
+        atol = 2e-3 if name.endswith("k_proj.bias") else 2e-5
+        torch.testing.assert_close(ours[name], weight, rtol=1e-3, atol=atol)
 
 
 def kill_after_a_checkpoint(home: Path, corpus: Path, *overrides: str) -> None:

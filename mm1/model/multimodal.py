@@ -22,6 +22,8 @@ from configs.errors import UserError
 from data_pipelines.batch import IGNORE
 from mm1.model.connector import build_connector
 from mm1.model.image_encoder import ImageEncoder, build_image_encoder
+from mm1.model.loss import chunked_losses, token_losses
+from mm1.model.packed_attention import documents_apart
 
 
 class MultimodalConfig(PretrainedConfig):
@@ -68,7 +70,7 @@ class MultimodalConfig(PretrainedConfig):
 @dataclass
 class MultimodalOutput(CausalLMOutputWithPast):
     """With labels: `loss` is the mean over labelled positions; `token_losses` float32 (T,) are theirs in row-major order, and
-    `token_z` the squared log-partition at each (for z-loss)."""
+    `token_z` the squared log-partition at each (for z-loss). With a loss in chunks there are no logits."""
 
     token_losses: torch.Tensor | None = None
     token_z: torch.Tensor | None = None
@@ -102,6 +104,10 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             out_width=embeddings.embedding_dim,
         )
         self._keep: torch.Tensor | None = None
+        self.loss_chunk = 0
+        """Positions whose logits are in memory at once while training; 0: all labelled ones. See mm1/model/loss.py."""
+        self._labelled_states: torch.Tensor | None = None
+        self._head_is_last = False
         head = self.decoder.get_output_embeddings()
         if head is None:
             raise UserError(f"decoder {type(self.decoder).__name__} has no output embeddings: it is not a causal language model.")
@@ -121,7 +127,13 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
 
     def _keep_labelled(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         # Before the output embeddings: whatever a decoder does to its logits (scaling, soft-capping) still happens to them.
-        return None if self._keep is None else (args[0][self._keep],)
+        if self._keep is None:
+            return None
+        states = args[0][self._keep]
+        if self.loss_chunk:
+            self._labelled_states = states
+            states = states[:1].detach()
+        return (states,)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.decoder.get_input_embeddings()
@@ -201,11 +213,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             if unused is not None:
                 inputs_embeds = inputs_embeds + unused
         if document_ids is not None:
-            attention_mask = document_mask(document_ids)
-            if self.decoder.config._attn_implementation != "sdpa":  # the others add the mask to the scores
-                attention_mask = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype).masked_fill(
-                    ~attention_mask, torch.finfo(inputs_embeds.dtype).min
-                )
+            attention_mask = documents_apart(document_ids, self.decoder.config._attn_implementation, inputs_embeds.dtype)
         labelled = None if labels is None else labels != IGNORE
         self._keep = labelled
         try:
@@ -222,15 +230,32 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             self._keep = None
         if labels is None or labelled is None:
             return MultimodalOutput(logits=output.logits, past_key_values=output.past_key_values)
-        logits = output.logits.float()
-        log_partition = torch.logsumexp(logits, dim=-1)
-        token_losses = log_partition - logits.gather(-1, labels[labelled][:, None])[:, 0]
+        logits, states = output.logits, self._labelled_states
+        self._labelled_states = None
+        if states is None:
+            losses, log_partition = token_losses(logits, labels[labelled])
+        else:
+            self._check_head(states, logits)
+            logits, chunks = None, -(-labels.numel() // self.loss_chunk)
+            losses, log_partition = chunked_losses(self.get_output_embeddings(), states, labels[labelled], chunks)
         return MultimodalOutput(
-            loss=token_losses.mean() if len(token_losses) else token_losses.sum(),
-            logits=output.logits,
-            token_losses=token_losses,
+            loss=losses.mean() if len(losses) else losses.sum(),
+            logits=logits,
+            token_losses=losses,
             token_z=log_partition.square(),
         )
+
+    @torch.no_grad()
+    def _check_head(self, states: torch.Tensor, logits: torch.Tensor) -> None:
+        """UserError if the decoder does more to its logits than its head: chunks would lack it. Tried once, on one position."""
+        if self._head_is_last or not len(states):
+            return
+        if not torch.equal(self.get_output_embeddings()(states[:1]), logits):
+            raise UserError(
+                f"engine.loss_chunk={self.loss_chunk}: {type(self.decoder).__name__} scales or caps its logits after its output "
+                "embeddings, so they cannot be made in chunks. Set engine.loss_chunk=0."
+            )
+        self._head_is_last = True
 
     # transformers types its ids as LongTensor and its self as a protocol that no PreTrainedModel meets
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -241,17 +266,6 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             for name in ("images", "image_slots", "image_features"):
                 inputs.pop(name, None)
         return inputs
-
-
-def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """(B, S) document ids -> boolean (B, 1, S, S): query i sees key j iff j <= i and both belong to one document.
-
-    Padding (id 0) sees padding, so that no row is empty; nothing reads what it computes.
-    """
-    length = document_ids.shape[1]
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return (same & causal)[:, None]
 
 
 AutoConfig.register("mm1", MultimodalConfig)
