@@ -36,6 +36,7 @@ class Composer:
 
         self._parser = OverridesParser.create()
         self._chosen: dict[tuple[str, ...], Any] = {}
+        self._parsed: dict[str, Any] = {}
 
     def compose(self, overrides: Sequence[str]) -> TrainConfig:
         """Raises UserError for what Hydra or the configuration itself refuses, as one line that begins with the override."""
@@ -79,7 +80,9 @@ class Composer:
         from omegaconf.errors import OmegaConfBaseException
 
         try:
-            parsed = self._parser.parse_override(override)
+            if override not in self._parsed:
+                self._parsed[override] = self._parser.parse_override(override)
+            parsed = self._parsed[override]
             key, value = parsed.key_or_group, parsed.value()
             if parsed.is_add():
                 with open_dict(raw):

@@ -169,7 +169,7 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
     from dataclasses import asdict
 
     from ablations.composing import Composer
-    from ablations.planning import build_cells, evaluation_keys, suite_folder, with_seconds, write_job
+    from ablations.planning import build_cells, evaluation_keys, evaluation_seconds, suite_folder, with_seconds, write_job
     from ablations.record import FAILED, FINISHED, claimed, state_of
     from ablations.runner import Runner
     from ablations.show import plan_table
@@ -202,7 +202,15 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
         print(f"Assumed: {config.tflops:g} TFLOP/s a device, {config.mfu:.0%} of it reached (MFU), evaluation left out.")
     else:
         left = sum(c.cost.get("seconds", float("nan")) for c, s in zip(cells, states, strict=True) if s.name != FINISHED)
-        wall = f"about {left / parallel / 3600:.1f} hours of wall time and the evaluations" if left == left else "time unknown"
+        wall = "time unknown"
+        if left == left:
+            evaluating = evaluation_seconds(suite.evaluation) * sum(state.name != FINISHED for state in states)
+            also = (
+                f" and {evaluating / parallel / 3600:.1f} of evaluation"
+                if config.scale_name == "tiny"
+                else " and the evaluations"
+            )
+            wall = f"about {left / parallel / 3600:.1f} hours of training{also}"
         print(f"{parallel} at once, {threads} threads each{f', {gpus} GPUs' if gpus else ''}: {wall}.")
     if dry:
         return 0

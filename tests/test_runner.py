@@ -44,6 +44,8 @@ if behaviour == "dies once" and beat.name.endswith(".0"):
 if behaviour == "hangs once" and beat.name.endswith(".0"):
     steps = 5; write(status="running")
     time.sleep(60)
+while behaviour == "waits" and not (beats / "release").exists():
+    time.sleep(0.02)
 time.sleep(float(behaviour) if behaviour[0].isdigit() else 0)
 steps += 1
 write(status="finished", resumed_from=steps - 1)
@@ -116,12 +118,19 @@ def test_a_second_start_skips_what_is_finished_and_tries_what_failed(home: Path)
     assert [len(fake.started(i)) for i in range(2)] == [2, 1]
 
 
-def test_as_many_at_once_as_asked_and_no_more(home: Path) -> None:
-    fake = Fake(home, ["0.4"] * 5)
-    fake.runner(parallel=2).run()
-    spans = [json.loads(path.read_text()) for path in fake.beats.iterdir()]
-    at_once = [sum(b[0] <= a[0] < b[2] for b in spans) for a in spans]
-    assert max(at_once) == 2
+def test_as_many_at_once_as_asked_and_no_more(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(home, ["waits"] * 5)
+    runner, seen = fake.runner(parallel=2), [0]
+
+    def watch() -> None:
+        under_way = [path for path in fake.beats.glob("run-*") if len(json.loads(path.read_text() or "[0]")) == 2]
+        seen.append(len(under_way))
+        if seen[-1] == 2:
+            (fake.beats / "release").touch()
+
+    each_turn(monkeypatch, watch)
+    assert states(runner.run()) == ["finished"] * 5
+    assert max(seen) == 2
 
 
 def test_a_killed_runner_leaves_nothing_running_and_the_next_goes_on(home: Path) -> None:
@@ -139,23 +148,28 @@ def test_a_killed_runner_leaves_nothing_running_and_the_next_goes_on(home: Path)
     runner.wait()
     pid = json.loads(fake.started(0)[0].read_text())[1]
     wait_for(lambda: not alive(pid))
-    assert state_of(fake.place, fake.cells[0], [], 0).name == "interrupted"
+    wait_for(lambda: state_of(fake.place, fake.cells[0], [], 0).name == "interrupted")
     assert states(fake.runner(parallel=1).run()) == ["finished", "finished"]
     assert fake.cells[0].run.info["resumed_from"] == 5
 
 
-def test_ctrl_c_stops_the_cells_and_does_not_count_as_a_failure(home: Path) -> None:
+def test_ctrl_c_stops_the_cells_and_does_not_count_as_a_failure(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake(home, ["hangs once", "hangs once"])
     runner = fake.runner(parallel=1)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    signal.setitimer(signal.ITIMER_REAL, 2.0)
+
+    def interrupt() -> None:
+        if fake.cells[0].run.info.get("steps") == 5 and not runner.stopping:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    each_turn(monkeypatch, interrupt)
     final = runner.run()
     assert len(fake.started(0)) == 1
     assert not fake.started(1)
     assert not alive(json.loads(fake.started(0)[0].read_text())[1])
     assert fake.place.record(fake.cells[0]).get("failures", 0) == 0
-    assert "failed" not in states(final)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert states(final) == ["interrupted", "waiting"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_two_suites_that_share_a_run_train_it_once(home: Path) -> None:
@@ -165,24 +179,20 @@ def test_two_suites_that_share_a_run_train_it_once(home: Path) -> None:
     assert len(one.started(0)) == 1
 
 
-def test_a_run_that_another_process_trains_is_waited_for(home: Path) -> None:
+def test_a_run_that_another_process_trains_is_waited_for(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake(home, ["0", "0"])
     held = claim("00000000")
     assert held is not None
     assert claim("00000000") is None
-    runner = fake.runner()
     begun: list[bool] = []
 
-    def release(_: float) -> None:
+    def release() -> None:
         if fake.cells[1].trained and not begun:
             begun.append(bool(fake.started(0)))
             os.close(held)
-        sleep(0.02)
 
-    sleep = time.sleep
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ablations.runner.time.sleep", release)
-        assert states(runner.run()) == ["finished", "finished"]
+    each_turn(monkeypatch, release)
+    assert states(fake.runner().run()) == ["finished", "finished"]
     assert begun == [False]
 
 
@@ -303,7 +313,7 @@ def test_a_real_suite_is_trained_and_evaluated_and_found_again(home: Path) -> No
     shapes = ["corpus.captions=120", "corpus.interleaved=60", "corpus.text=40", "corpus.queries=24"]
     python(home, "data_pipelines.prepare", "corpus=shapes", *shapes)
     settings = [o for o in TRAIN_OVERRIDES if not o.startswith("train.checkpoint")]
-    suite = ["suite=freeze", "cells=[frozen]", "data=shapes", *settings, "evaluation.limit=4", "evaluation.shots=[0,2]"]
+    suite = ["suite=freeze", "cells=[frozen]", "data=shapes", *settings, "evaluation.limit=2", "evaluation.shots=[0]"]
     out = python(home, "ablations.run", *suite, "parallel=2", "threads=1", "calibrate=false")
     assert "2 runs: 2 finished" in out
     (folder,) = (home / "suites").glob("freeze-tiny-*")
@@ -321,6 +331,17 @@ def test_a_real_suite_is_trained_and_evaluated_and_found_again(home: Path) -> No
     assert "to train: 0 runs" in again
     assert "started" not in again
     assert times == {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
+
+
+def each_turn(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Call `do` in every turn of the runner's loop, while its cells run."""
+    sleep = time.sleep
+
+    def turn(seconds: float) -> None:
+        do()
+        sleep(seconds)
+
+    monkeypatch.setattr("ablations.runner.time.sleep", turn)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
