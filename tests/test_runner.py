@@ -41,6 +41,9 @@ if behaviour == "fails" or (behaviour == "fails once" and beat.name.endswith(".0
 if behaviour == "dies once" and beat.name.endswith(".0"):
     steps = 7; write(status="running")
     os.kill(os.getpid(), 9)
+if behaviour == "kills its cell once" and beat.name.endswith(".0"):
+    os.kill(os.getppid(), 9)
+    time.sleep(60)
 if behaviour == "hangs once" and beat.name.endswith(".0"):
     steps = 5; write(status="running")
     time.sleep(60)
@@ -108,6 +111,14 @@ def test_a_failing_cell_is_tried_again_reported_and_blocks_no_other(home: Path) 
     assert "made of cheese" in fake.place.log_path(fake.cells[0]).read_text()
     assert "failed: v0.seed0: the disk is made of cheese" in fake.out.getvalue()
     assert fake.cells[4].run.info["resumed_from"] == 7  # went on from what the killed process had saved
+
+
+def test_a_cell_whose_process_is_killed_is_tried_again_when_all_of_it_is_gone(home: Path) -> None:
+    fake = Fake(home, ["kills its cell once"])
+    assert states(fake.runner(retries=1).run()) == ["finished"]
+    assert len(fake.started(0)) == 2
+    assert "ended with status -9 and no word" in fake.out.getvalue()
+    assert not alive(json.loads(fake.started(0)[0].read_text())[1])
 
 
 def test_a_second_start_skips_what_is_finished_and_tries_what_failed(home: Path) -> None:

@@ -59,7 +59,7 @@ def test_every_suite_composes_at_every_scale(name: str, composer: Composer) -> N
 
 def test_a_cells_overrides_are_its_training(composer: Composer) -> None:
     """What the composer puts together is what `python -m mm1.train` would be told, key for key."""
-    for name, scale in (("connector", "tiny"), ("learning_rate", "mm1"), ("data_quality", "mm1"), ("encoder", "small")):
+    for name, scale in (("connector", "tiny"), ("learning_rate", "tiny"), ("data_quality", "mm1"), ("encoder", "small")):
         for cell in plan_cells(load_suite(name), scale, composer=composer)[::3]:
             assert compose("train", TrainConfig, list(cell.overrides)) == cell.config
     ablation = ["+ablation=[connector_avgpool,resolution_high]", "train.steps=77", "+engine.deepspeed.a=1"]
