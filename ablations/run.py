@@ -1,6 +1,6 @@
 """`python -m ablations.run suite=connector scale=tiny seeds=3`: a table or figure of the paper, planned, trained and evaluated.
 
-    suite -> plan with costs (planning.py) -> cells trained and evaluated (runner.py) -> python -m ablations.table suite=connector
+    suite -> plan with costs (planning.py) -> cells trained and evaluated (runner.py) -> ablations/table.py
 
 What is no setting of this command is one of every cell: `data=shapes train.steps=100`.
 """
@@ -103,7 +103,6 @@ def _main(config: RunConfig) -> int:
     python -m ablations.run suite=connector scale=tiny seeds=3
     python -m ablations.run status suite=connector         how every cell fares; list: every suite that was started
     python -m ablations.run resume suite=connector         the command it was started with, again
-    python -m ablations.table suite=connector
 
     scale=tiny            tiny, small or mm1: the same suite at every scale
     seeds=3               training seeds 0, 1, 2, or a list; null: as many as the suite says. A later, larger number adds to them
@@ -237,7 +236,9 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
             if final[cell.hash].name == FAILED and not claimed(cell.hash):
                 print(f"\n{cell.name}:\n{final[cell.hash].note}", file=sys.stderr)
         return 1
-    print(f"All finished. The table: python -m ablations.table suite={suite.name} scale={config.scale_name}")
+    runs = dict.fromkeys(cell.folder.name for cell in cells)
+    first = next(cell.folder.name for cell in cells if cell.baseline)
+    print(f"All finished. The table: python -m ablations.table runs=[{','.join(runs)}] baseline={first}")
     return 0
 
 
