@@ -91,7 +91,7 @@ def sparq_decode_triton(
     q_strides = (q.stride(0), q.stride(1))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
-    logits = maxima = sums = ranked = indices = chosen = value_mean  # placeholders where no row can be sparse
+    logits = maxima = sums = ranked = indices = chosen = value_mean  # never read: no row can be sparse
     shares = length = ranked_length = 1
     rounds: list[tuple[int, int]] = []
     if shape.sparse:
