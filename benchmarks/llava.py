@@ -2,7 +2,7 @@
 
     our model's tower -> as timm or transformers made it     our connector -> in the projector's place     our decoder -> as it is
     packed batches    position_ids restart with each document: transformers makes the mask of it (S x S)
-    padded batches    one document a row, 8 rows (Trainer's default) filled up to the longest, documents in random order
+    padded batches    one document a row, rows filled up to the longest of their micro-batch, documents in random order
 
 Images come ready and normalised, and are not counted. Everything else is Trainer's: its loop, loss, clipping, AdamW (fused),
 schedule.
@@ -23,8 +23,6 @@ from benchmarks.train_step import Measured, Settings, memory, optimiser_seconds,
 from data_pipelines.batch import IGNORE, PackedBatch
 from mm1.model.multimodal import MultimodalLM
 
-ROWS = 8
-"""per_device_train_batch_size where nothing is set."""
 Inputs = dict[str, torch.Tensor]
 
 
@@ -77,8 +75,8 @@ def packed_inputs(model: MultimodalLM, batch: PackedBatch) -> Inputs:
     return inputs | ({"pixel_values": model.image_encoder.normalise(batch.images)} if len(batch.images) else {})
 
 
-def padded_inputs(model: MultimodalLM, batches: list[PackedBatch], pad: int) -> list[Inputs]:
-    """The documents of all the batches, one a row, ROWS at a time, shuffled with seed 0."""
+def padded_inputs(model: MultimodalLM, batches: list[PackedBatch], pad: int, at_once: int) -> list[Inputs]:
+    """The documents of all the batches, one a row, `at_once` in a micro-batch, shuffled with seed 0."""
     documents = []
     for batch in batches:
         slots = batch.image_slots.tolist()
@@ -90,8 +88,8 @@ def padded_inputs(model: MultimodalLM, batches: list[PackedBatch], pad: int) -> 
                 documents.append((batch.input_ids[row, where], batch.labels[row, where], batch.images[its]))
     random.Random(0).shuffle(documents)
     made = []
-    for i in range(0, len(documents), ROWS):
-        rows = documents[i : i + ROWS]
+    for i in range(0, len(documents), at_once):
+        rows = documents[i : i + at_once]
         size = (len(rows), max(len(own) for own, _, _ in rows))
         ids, labels, mask = torch.full(size, pad), torch.full(size, IGNORE), torch.zeros(size, dtype=torch.int64)
         for row, (own, its_labels, _) in enumerate(rows):
@@ -163,7 +161,7 @@ def measure_peer(settings: Settings) -> Measured:
     tokens = sum(int((b.document_ids > 0).sum()) for b in flat) / len(steps)
     images = sum(len(b.images) for b in flat) / len(steps)
     if settings.padded:
-        inputs = padded_inputs(model, flat, tokenizer.pad_token_id)
+        inputs = padded_inputs(model, flat, tokenizer.pad_token_id, settings.rows)
         accumulate = max(1, round(len(inputs) / len(steps)))
         used = inputs[: len(inputs) // accumulate * accumulate]
         positions = sum(i["input_ids"].numel() for i in inputs)

@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="only this case; may be given again")
     parser.add_argument("--home", help="where the corpus `shapes` is or is to be kept; a temporary folder if not given")
     parser.add_argument("--peer-channels-last", action="store_true", help="lend the peer our layout of feature maps")
+    parser.add_argument("--rows", type=int, default=8, help="documents in the padded peer's micro-batch; 8 is Trainer's default")
     parser.add_argument("--plot", type=Path, help="draw where the time goes into this file")
     parser.add_argument("overrides", nargs="*", help="settings of the run: key=value")
     chosen = parser.parse_args()
@@ -172,15 +173,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         home = chosen.home or temporary
         corpus_home(home)
-        settings = Settings(
-            home,
-            overrides,
-            chosen.device,
-            chosen.threads,
-            chosen.batches,
-            chosen.repeats,
-            channels_last=chosen.peer_channels_last,
-        )
+        settings = Settings(home, overrides, chosen.device, chosen.threads, chosen.batches, chosen.repeats, rows=chosen.rows)
+        settings.channels_last = chosen.peer_channels_last
 
         def plain() -> Iterable[Row]:
             for row, more in rows(settings, chosen.case or CASES):

@@ -27,6 +27,7 @@ class Settings:
     repeats: int
     channels_last: bool = False
     padded: bool = False
+    rows: int = 8
 
 
 @dataclass

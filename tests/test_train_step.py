@@ -309,6 +309,22 @@ def test_a_prepared_model_takes_the_plain_step(
     assert list(on_device([batch], CPU)) == [batch]
 
 
+def test_the_benchmarks_peer_computes_the_same_loss(batch: PackedBatch) -> None:
+    """LLaVA on packed and on padded documents: what benchmarks/train.py times is the same work."""
+    from benchmarks.llava import llava, packed_inputs, padded_inputs
+
+    model = tiny_model().train()
+    plain, _ = step(model, batch)
+    packed, padded = packed_inputs(model, batch), padded_inputs(model, [batch], tokenizer().pad_token_id, 5)
+    peer = llava(model)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(**packed).loss, plain[0].mean())
+        counts = [int((inputs["labels"] != IGNORE).sum()) for inputs in padded]
+        total = sum(float(peer(**inputs).loss) * count for inputs, count in zip(padded, counts, strict=True) if count)
+    assert sum(counts) == len(plain[0])
+    assert total == pytest.approx(float(plain[0].sum()), rel=1e-4)
+
+
 def test_speed_is_no_part_of_a_run() -> None:
     options = ["attention=dense", "kernels=plain", "loss_chunk=8", "compile=inductor", "liger=true", "checkpoint_encoder=true"]
     plain = compose("train", TrainConfig, TRAIN_OVERRIDES)
