@@ -82,7 +82,9 @@ def measure(forward: Callable[[], list[Any]], repeats: int) -> Part:
             outputs = [output[0] if isinstance(output, tuple) else output for output in forward()]
         wanted = [output for output in outputs if output.requires_grad]
         if wanted:
-            torch.autograd.backward(wanted, [torch.full_like(output, 1e-3) for output in wanted])
+            # contiguous, as what comes next in a step gives it back
+            gradients = [torch.full(o.shape, 1e-3, dtype=o.dtype, device=o.device) for o in wanted]
+            torch.autograd.backward(wanted, gradients)
         synchronise()
         best, saved = min(best, time.perf_counter() - start), sum(seen.values())
     return Part(best, saved)

@@ -54,12 +54,19 @@ def corpus_home(folder: str) -> None:
 
 def ranks(settings: Settings, processes: int, stage: int) -> float:
     """Seconds of a step of `processes` on this machine."""
+    from data_pipelines.loader import die_with_parent
+
     told = json.dumps({"settings": asdict(settings), "stage": stage})
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*launcher, "-m", "benchmarks.train_step", told], env=environment, check=True, capture_output=True, text=True
+        [*launcher, "-m", "benchmarks.train_step", told],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+        preexec_fn=die_with_parent,
     )
     return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"seconds"')))["seconds"]
 

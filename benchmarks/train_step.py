@@ -219,10 +219,12 @@ def peak(device: Any, precision: str) -> float:
 
 def measure_ranks(settings: Settings, stage: int) -> float:
     """In each of the processes of a launcher: seconds of a step in which each has the very batch that one process would have."""
+    from data_pipelines.loader import die_with_parent
     from mm1.engine import Workers
     from mm1.run import Run
     from mm1.trainer import Trainer
 
+    die_with_parent()  # ranks that wait for one another would keep the cores busy for ever
     config, model, _, stream, steps = setting(settings)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.engine.zero_stage = stage

@@ -13,12 +13,13 @@ from torch import nn
 
 from configs.command import compose
 from configs.errors import UserError
+from data_pipelines import native
 from data_pipelines.batch import IGNORE, PackedBatch
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.lanes import LaneStream
 from data_pipelines.loader import PackedLoader
 from mm1.config import EngineConfig, TrainConfig
-from mm1.model import packed_attention
+from mm1.model import depthwise, packed_attention
 from mm1.model.image_encoder import ImageEncoder, build_image_encoder
 from mm1.model.loss import chunked_losses, token_losses
 from mm1.model.multimodal import MultimodalLM
@@ -261,6 +262,45 @@ def test_a_folded_batch_norm_is_the_batch_norm(architecture: str) -> None:
     plain = encode(encoder.double(), images)
     close(encode(deepcopy(folded), images), plain, 2e-4)
     close(encode(folded.double(), images), plain, 1e-11)
+
+
+@pytest.mark.parametrize("channels", [16, 21, 40])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (5, 1, 2), (5, 2, 0), (5, 2, 2), (4, 3, 1), (7, 1, 3), (5, 1, 4)]
+)
+def test_depthwise_gradients_are_torchs(channels: int, kernel: int, stride: int, padding: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((9, 12), (5, 5), (1, 7)):
+        if min(height, width) + 2 * padding < kernel:
+            continue
+        x = torch.randn(3, channels, height, width, generator=generator)
+        weight = torch.randn(channels, 1, kernel, kernel, generator=generator, dtype=torch.float64, requires_grad=True)
+        y = F.conv2d(x.double(), weight, None, stride, padding, 1, channels)
+        gradient = torch.randn(y.shape, generator=generator)
+        (expected,) = torch.autograd.grad(y, weight, gradient.double())
+        found = depthwise.weight_gradient(x, gradient, kernel, stride, padding)
+        assert found is not None
+        assert (found - expected).norm() / expected.norm() < 1e-6
+        torch.set_num_threads(2)
+        assert torch.equal(depthwise.weight_gradient(x, gradient, kernel, stride, padding), found)
+        torch.set_num_threads(1)
+
+
+def test_without_a_compiler_torch_computes_the_gradients(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*args: Any) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(native, "load", missing)
+    depthwise._kernel.cache_clear()
+    encoder = tower("tf_efficientnet_lite0")
+    folded = deepcopy(encoder)
+    use_onednn(nn.Module(), folded, linear=False)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    close(encode(folded, images), encode(encoder.double(), images), 2e-4)
+    depthwise._kernel.cache_clear()
+    assert capsys.readouterr().err.count("depthwise.c cannot be compiled (no C compiler)") == 1
 
 
 def test_only_a_convolution_that_feeds_its_norm_alone_is_folded() -> None:

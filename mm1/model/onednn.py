@@ -28,6 +28,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mm1.model import depthwise
 from mm1.model.flops import on_meta
 
 
@@ -232,7 +233,28 @@ class _Convolution(torch.autograd.Function):
         elif ctx.fused == "relu":
             gradient = torch.ops.aten.threshold_backward(gradient, y, 0.0)
         # The shift's gradient apart: convolution_backward takes ten times as long over the sum as the sum takes.
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *ctx.geometry, mask)
+        of_weight = _of_depthwise(x, gradient, weight, *ctx.geometry) if ctx.needs_input_grad[1] else None
+        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and of_weight is None, False]
+        of_x, by_torch, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *ctx.geometry, mask)
+        of_weight = by_torch if of_weight is None else of_weight
         of_shift = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1]).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_weight, of_shift, None, None, None, None, None
+
+
+def _of_depthwise(
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    weight: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> torch.Tensor | None:
+    """The weights' gradient by depthwise.c where that is faster: from 4 x 4 on. None elsewhere."""
+    kernel = weight.shape[2]
+    square = weight.shape[3] == kernel and len({*stride}) == len({*padding}) == 1 and {*dilation} == {1}
+    if not (groups == x.shape[1] == weight.shape[0] and square and 4 <= kernel <= depthwise.MAX_KERNEL):
+        return None
+    return depthwise.weight_gradient(x, gradient, kernel, stride[0], padding[0])
