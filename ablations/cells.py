@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ablations import statistics as st
 
@@ -53,7 +53,8 @@ class Block:
 
 @dataclass
 class Resources:
-    """What a variant is and took, per run (mean over its seeds). flops: total; seconds: wall time."""
+    """What a variant is and took, per run (mean over its seeds). flops: total; seconds: wall time. `planned`: what a suite's plan
+    said before training (tokens, images, flops, memory, ...); empty outside suites."""
 
     label: str
     seeds: list[int]
@@ -66,6 +67,7 @@ class Resources:
     seconds: float
     mismatches: list[str]
     runs: list[str]
+    planned: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

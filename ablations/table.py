@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ablations import statistics as st
+from ablations.answers import Collected, Key, collect, demonstration_seeds
 from ablations.cells import Block, Cell, Detectable, Resources, Row, Table
-from ablations.results import Evaluation
+from ablations.comparing import Compared, cell_of, compared
 from ablations.selection import Selection, Variant, select
 from configs.command import command
 from configs.errors import UserError
@@ -50,65 +51,62 @@ class TableConfig:
 # ------------------------------------------------------------------------------------------------------------- building
 
 
-@dataclass
-class _Answers:
-    """Scores of one variant on one task at one number of shots, in points, items in the baseline's order: (training seeds,
-    demonstration seeds, items)."""
+@dataclass(frozen=True)
+class Options:
+    """How a table compares. `interval`, `match_within`: as the command's. `pair_seeds`: a difference is over the training seeds
+    that both sides have. `marks`: by label, how a row differs in what its suite matches; None: tokens, images and steps are
+    compared. `planned`: by label, what the plan said that a row would cost."""
 
-    scores: np.ndarray
-    clusters: tuple[str, ...]
+    interval: str = "t"
+    match_within: float = 0.01
+    pair_seeds: bool = False
+    marks: Mapping[str, str] | None = None
+    planned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def build(selection: Selection, shots: Sequence[int] = (), *, interval: str = "t", match_within: float = 0.01) -> Table:
     """Raises UserError where an evaluation lacks a task or a number of shots, or where its items cannot be paired."""
-    variants = selection.variants
-    first = variants[0].evaluations[0]
-    tasks, numbers = list(first.tasks), list(shots) or first.shots
-    if not numbers:
-        raise UserError(
-            f"{first.folder / 'summary.json'}: its tasks have no number of shots in common; say which with shots=[...]."
-        )
-    if interval == "bootstrap" and any(len(v.runs) > 1 for v in variants):
+    options = Options(interval, match_within)
+    check_interval(selection, options)
+    return build_from(collect(selection, shots), selection, options)
+
+
+def check_interval(selection: Selection, options: Options) -> None:
+    """Raises UserError for the bootstrap with several seeds of either kind."""
+    if options.interval != "bootstrap":
+        return
+    if any(len(v.runs) > 1 for v in selection.variants):
         raise UserError(
             "interval=bootstrap draws items and knows nothing of training seeds; with several seeds a variant use interval=t."
         )
-    drawn = _demonstration_seeds(variants)
-    if interval == "bootstrap" and len(drawn) > 1:
+    if len(drawn := demonstration_seeds(selection.variants)) > 1:
         raise UserError(
             f"interval=bootstrap draws items and knows nothing of demonstration seeds; with several ({drawn}) use interval=t."
         )
-    reference = {(t, k): first.scores(t, k) for t in tasks for k in _checked(first, tasks, numbers)}
 
-    def answers(evaluations: list[Evaluation]) -> dict[tuple[str, int], _Answers]:
-        for e in evaluations:
-            for seed in drawn:
-                _checked(e.of_seed(seed), tasks, numbers)
-        return {
-            key: _Answers(
-                np.stack([[st.align(scores, e.of_seed(seed).scores(*key)).scores for seed in drawn] for e in evaluations]),
-                scores.clusters,
-            )
-            for key, scores in reference.items()
-        }
 
-    resources = [_resources(v, variants[0], match_within) for v in variants]
-    lines: list[tuple[str, str | None, Variant, dict[tuple[str, int], _Answers], dict[tuple[str, int], _Answers] | None]] = []
-    base: dict[tuple[str, int], _Answers] | None = None
+def build_from(held: Collected, selection: Selection, options: Options) -> Table:
+    """The table of scores that are read already."""
+    variants, numbers = selection.variants, held.shots
+    first = variants[0].evaluations[0]
+    resources = [_resources(v, variants[0], options) for v in variants]
+    lines: list[tuple[str, str | None, tuple[int, ...], dict[Key, Compared]]] = []
+    base = held.plain[variants[0].label]
     for variant in variants:
-        plain = answers(variant.evaluations)
-        lines.append((variant.label, None, variant, plain, base))
-        base = base or plain
-        lines += [(variant.label, kind, variant, answers(found), plain) for kind, found in variant.controls.items()]
+        label, seeds = variant.label, tuple(run.seed for run in variant.runs)
+        own = held.plain[label]
+        against = None if own is base else base
+        lines.append((label, None, seeds, compared(own, against, options.pair_seeds)))
+        for kind, found in held.controls.get(label, {}).items():
+            lines.append((label, kind, seeds, compared(found, own, options.pair_seeds)))
 
     matched = {r.label: not r.mismatches for r in resources}
     blocks = []
-    for chosen in ([tasks] if len(tasks) > 1 else []) + [[task] for task in tasks]:
+    for chosen in ([held.tasks] if len(held.tasks) > 1 else []) + [[task] for task in held.tasks]:
         rows = []
-        for label, control, variant, own, other in lines:
-            cells = {
-                k: _cell([own[t, k] for t in chosen], [other[t, k] for t in chosen] if other else None, interval) for k in numbers
-            }
-            rows.append(Row(label, control, [r.seed for r in variant.runs], matched[label], cells))
+        for label, control, seeds, row_of in lines:
+            cells = {k: cell_of([row_of[t, k] for t in chosen], options.interval) for k in numbers}
+            rows.append(Row(label, control, list(seeds), matched[label], cells))
         for family in ([r for r in rows if r.control is None], [r for r in rows if r.control is not None]):
             _correct([cell for row in family for cell in row.cells.values()])
         summaries = [first.tasks[t] for t in chosen]
@@ -125,61 +123,8 @@ def build(selection: Selection, shots: Sequence[int] = (), *, interval: str = "t
         )
     run = variants[0].runs[0]
     table = Table(run.scale, f"{run.corpus} {run.corpus_fingerprint[:8]}", selection.plan, numbers, blocks, resources, [])
-    table.notes = _notes(table, selection, interval, match_within, drawn)
+    table.notes = _notes(table, selection, options, held.drawn)
     return table
-
-
-def _checked(evaluation: Evaluation, tasks: Sequence[str], numbers: Sequence[int]) -> Sequence[int]:
-    lacking = [
-        f"{t} at {k} shots" for t in tasks for k in numbers if t not in evaluation.tasks or k not in evaluation.tasks[t].shots
-    ]
-    if lacking or set(evaluation.tasks) != set(tasks):
-        extra = sorted(set(evaluation.tasks) - set(tasks))
-        what = f"lacks {', '.join(lacking)}" if lacking else f"has tasks that the baseline lacks: {', '.join(extra)}"
-        raise UserError(
-            f"{evaluation.folder / 'summary.json'} {what}. Ask for other shots=[...], or evaluate again: python -m eval.fewshot "
-            f"run={evaluation.run_name}-{evaluation.run_hash[:8]} tasks=[{','.join(tasks)}] shots=[{','.join(map(str, numbers))}]"
-        )
-    return numbers
-
-
-def _demonstration_seeds(variants: Sequence[Variant]) -> list[int]:
-    """The demonstration seeds that every row was evaluated with, controls too. Raises UserError if there is none."""
-    evaluations = [e for v in variants for found in (v.evaluations, *v.controls.values()) for e in found]
-    common = set.intersection(*(set(e.demonstration_seeds) for e in evaluations))
-    if common:
-        return sorted(common)
-    listed = "\n".join(f"  {e.label}: {', '.join(map(str, e.demonstration_seeds))}" for e in evaluations)
-    raise UserError(
-        f"runs: these were evaluated with demonstrations of different seeds, so their items cannot be paired:\n{listed}\n"
-        "Evaluate all of them with one: python -m eval.fewshot run=NAME demonstration_seed=..."
-    )
-
-
-def _cell(own: list[_Answers], other: list[_Answers] | None, interval: str) -> Cell:
-    """The mean over the given tasks (one or all), and its paired difference to `other`."""
-    items = st.average_tasks([st.clustered_mean(a.scores.mean((0, 1)), a.clusters) for a in own])
-    cell = Cell(st.combine(items, seeds=[_seeds(own)], demonstrations=st.spread([(a.scores.mean(0), a.clusters) for a in own])))
-    if other is None:
-        return cell
-    deltas = [a.scores.mean(0) - b.scores.mean(0) for a, b in zip(own, other, strict=True)]  # (demonstration seeds, items)
-    paired = st.average_tasks([st.clustered_mean(d.mean(0), a.clusters) for d, a in zip(deltas, own, strict=True)])
-    if interval == "bootstrap":
-        draws = [
-            st.bootstrap_draws(d.mean(0), a.clusters, seed=number) for number, (d, a) in enumerate(zip(deltas, own, strict=True))
-        ]
-        cell.difference = st.bootstrap_difference(paired.mean, np.mean(draws, axis=0), paired.error[1])
-        return cell
-    # demonstrations are the same in all rows, so what they do to both sides of a difference is no error of it
-    shown = st.spread([(d, a.clusters) for d, a in zip(deltas, own, strict=True)])
-    combined = st.combine(paired, seeds=[_seeds(own), _seeds(other)], demonstrations=shown)
-    cell.difference_has_seeds = combined.se_seeds is not None
-    cell.difference = st.difference(combined.mean, combined.se, combined.df)
-    return cell
-
-
-def _seeds(answers: list[_Answers]) -> st.Spread | None:
-    return st.spread([(a.scores.mean(1), a.clusters) for a in answers])
 
 
 def _correct(cells: Sequence[Cell]) -> None:
@@ -204,14 +149,16 @@ def _detectable(rows: Sequence[Row], numbers: Sequence[int]) -> dict[int, Detect
     return found
 
 
-def _resources(variant: Variant, baseline: Variant, match_within: float) -> Resources:
+def _resources(variant: Variant, baseline: Variant, options: Options) -> Resources:
     def mean(pick: str, of: Variant = variant) -> float:
         return float(np.mean([getattr(run, pick) for run in of.runs]))
 
-    mismatches = []
-    for key, name in (("tokens_seen", "tokens"), ("images_seen", "images"), ("steps", "steps")):
+    marks, mismatches = options.marks, []
+    if marks is not None:
+        mismatches += [marks[variant.label]] if variant.label in marks else []
+    for key, name in (("tokens_seen", "tokens"), ("images_seen", "images"), ("steps", "steps")) if marks is None else ():
         own, base = mean(key), mean(key, baseline)
-        if abs(own - base) > match_within * base:
+        if abs(own - base) > options.match_within * base:
             mismatches.append(f"{name} {own / base - 1:+.1%}" if base else f"{name} {own:.0f} instead of 0")
     return Resources(
         label=variant.label,
@@ -225,10 +172,12 @@ def _resources(variant: Variant, baseline: Variant, match_within: float) -> Reso
         seconds=mean("seconds"),
         mismatches=mismatches,
         runs=[run.label for run in variant.runs],
+        planned=dict(options.planned.get(variant.label, {})),
     )
 
 
-def _notes(table: Table, selection: Selection, interval: str, match_within: float, drawn: list[int]) -> list[str]:
+def _notes(table: Table, selection: Selection, options: Options, drawn: list[int]) -> list[str]:
+    interval, match_within = options.interval, options.match_within
     first = selection.variants[0].evaluations[0]
     kinds = sorted({kind for v in selection.variants for kind in v.controls})
     counts = [len(r.seeds) for r in table.resources]

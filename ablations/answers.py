@@ -1,0 +1,227 @@
+"""Per-item scores of a table's runs, read once: Answers by variant, task and number of shots, all items in one order.
+
+    results/<evaluation>/TASK.SHOTS.jsonl -> ScoreReader -> Scores -> Answers (training seeds, demonstration seeds, items)
+
+A thousand cells are nine thousand files of hundreds of lines, of which a table needs three fields. Runs that were evaluated on
+one plan hold the same items in the same order, so after the first file of a task a line is only compared with its known
+beginning (`{"id": ..., "cluster": ...,`) and its last field, the score, is read. Whatever deviates is parsed in full by
+results.py, with its checks and messages; the number of items and their mean are compared with the summary either way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ablations import statistics as st
+from ablations.results import COUNTERS, MEAN_TOLERANCE, Evaluation, Run, _read_object, read_run
+from ablations.selection import Selection, Variant
+from configs.errors import UserError
+
+Key = tuple[str, int]
+"""(task, number of shots)."""
+
+
+@dataclass
+class Answers:
+    """Scores of one variant on one task at one number of shots, in points, items in the baseline's order.
+
+    `scores`: (training seeds, demonstration seeds, items); `clusters` (items,): int64, the number of each item's image; `seeds`:
+    the training seeds of the first axis."""
+
+    scores: np.ndarray
+    clusters: np.ndarray
+    seeds: tuple[int, ...]
+
+    def of(self, seeds: Sequence[int]) -> Answers:
+        """Those training seeds alone, in that order."""
+        if tuple(seeds) == self.seeds:
+            return self
+        return Answers(self.scores[[self.seeds.index(seed) for seed in seeds]], self.clusters, tuple(seeds))
+
+    @cached_property
+    def estimate(self) -> st.Estimate:
+        """Of the per-item scores averaged over all seeds."""
+        return st.clustered_mean(self.scores.mean((0, 1)), self.clusters)
+
+
+@dataclass
+class Collected:
+    """All scores of a table. `drawn`: the demonstration seeds that every row has; `plain[label]`, `controls[label][kind]`."""
+
+    tasks: list[str]
+    shots: list[int]
+    drawn: list[int]
+    plain: dict[str, dict[Key, Answers]]
+    controls: dict[str, dict[str, dict[Key, Answers]]] = field(default_factory=dict)
+
+
+def collect(selection: Selection, shots: Sequence[int] = ()) -> Collected:
+    """Raises UserError where an evaluation lacks a task or a number of shots, or where its items cannot be paired."""
+    first = selection.variants[0].evaluations[0]
+    tasks, numbers = list(first.tasks), list(shots) or first.shots
+    if not numbers:
+        raise UserError(
+            f"{first.folder / 'summary.json'}: its tasks have no number of shots in common; say which with shots=[...]."
+        )
+    drawn, reader = demonstration_seeds(selection.variants), ScoreReader()
+    _check(first, tasks, numbers)
+    reference = {(t, k): reader.scores(first, t, k) for t in tasks for k in numbers}
+    clusters = {key: st.cluster_numbers(scores.clusters)[0] for key, scores in reference.items()}
+
+    def aligned(key: Key, e: Evaluation) -> np.ndarray:
+        wanted, found = reference[key], reader.scores(e, *key)
+        same = found.ids is wanted.ids and found.clusters is wanted.clusters
+        return found.scores if same else st.align(wanted, found).scores
+
+    def answers(evaluations: Sequence[Evaluation], runs: Sequence[Run]) -> dict[Key, Answers]:
+        repeats = [[e.of_seed(seed) for seed in drawn] for e in evaluations]
+        for e in (e for row in repeats for e in row):
+            _check(e, tasks, numbers)
+        seeds = tuple(run.seed for run in runs)
+        return {
+            key: Answers(np.array([[aligned(key, e) for e in row] for row in repeats]), clusters[key], seeds) for key in reference
+        }
+
+    plain = {v.label: answers(v.evaluations, v.runs) for v in selection.variants}
+    controls = {
+        v.label: {kind: answers(found, v.runs) for kind, found in v.controls.items()} for v in selection.variants if v.controls
+    }
+    return Collected(tasks, numbers, drawn, plain, controls)
+
+
+def _check(evaluation: Evaluation, tasks: Sequence[str], numbers: Sequence[int]) -> None:
+    lacking = [
+        f"{t} at {k} shots" for t in tasks for k in numbers if t not in evaluation.tasks or k not in evaluation.tasks[t].shots
+    ]
+    if lacking or set(evaluation.tasks) != set(tasks):
+        extra = sorted(set(evaluation.tasks) - set(tasks))
+        what = f"lacks {', '.join(lacking)}" if lacking else f"has tasks that the baseline lacks: {', '.join(extra)}"
+        raise UserError(
+            f"{evaluation.folder / 'summary.json'} {what}. Ask for other shots=[...], or evaluate again: python -m eval.fewshot "
+            f"run={evaluation.run_name}-{evaluation.run_hash[:8]} tasks=[{','.join(tasks)}] shots=[{','.join(map(str, numbers))}]"
+        )
+
+
+def demonstration_seeds(variants: Sequence[Variant]) -> list[int]:
+    """The demonstration seeds that every row was evaluated with, controls too. Raises UserError if there is none."""
+    evaluations = [e for v in variants for found in (v.evaluations, *v.controls.values()) for e in found]
+    common = set.intersection(*(set(e.demonstration_seeds) for e in evaluations))
+    if common:
+        return sorted(common)
+    listed = "\n".join(f"  {e.label}: {', '.join(map(str, e.demonstration_seeds))}" for e in evaluations)
+    raise UserError(
+        f"runs: these were evaluated with demonstrations of different seeds, so their items cannot be paired:\n{listed}\n"
+        "Evaluate all of them with one: python -m eval.fewshot run=NAME demonstration_seed=..."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class _Known:
+    """What the items of a task look like: the beginnings of their lines, and the ids and clusters these hold."""
+
+    beginnings: list[bytes]
+    ids: tuple[str, ...]
+    clusters: tuple[str, ...]
+
+
+class ScoreReader:
+    """`scores(evaluation, task, shots)`: the same as Evaluation.scores, quickly where the items are those of the file before."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+
+    def scores(self, evaluation: Evaluation, task: str, shots: int) -> st.Scores:
+        """Raises UserError as Evaluation.scores."""
+        known = self._known.get(task)
+        values = _quickly(evaluation, task, shots, known) if known else None
+        if known and values is not None:
+            return st.Scores(task, known.ids, values, known.clusters)
+        found = evaluation.scores(task, shots)
+        if known and (found.ids, found.clusters) == (known.ids, known.clusters):
+            return st.Scores(task, known.ids, found.scores, known.clusters)
+        if known is None:
+            # as eval/results.py writes a line
+            texts = [
+                json.dumps({"id": i, "cluster": c}, ensure_ascii=False) for i, c in zip(found.ids, found.clusters, strict=True)
+            ]
+            self._known[task] = _Known([text[:-1].encode() + b"," for text in texts], found.ids, found.clusters)
+        return found
+
+
+def _quickly(evaluation: Evaluation, task: str, shots: int, known: _Known) -> np.ndarray | None:
+    """The scores in points of a file whose lines begin as known and end with the score; None where any does not.
+
+    In a valid line `"score": 12.5}` at its very end can only be a field of the object itself: a string would go on with its
+    closing quote, an inner object with a second brace.
+    """
+    try:
+        lines = (evaluation.folder / f"{task}.{shots}.jsonl").read_bytes().split(b"\n")
+    except OSError:
+        return None
+    summary = evaluation.tasks[task].shots[shots]
+    if lines.pop() or len(lines) != summary.n or len(lines) != len(known.beginnings):
+        return None
+    if not all(map(bytes.startswith, lines, known.beginnings)):
+        return None
+    ends = [line[line.rfind(b'"score": ') + 9 :] for line in lines]
+    if not all(end.endswith(b"}") for end in ends):
+        return None
+    try:
+        values = np.array([float(end[:-1]) for end in ends])
+    except ValueError:
+        return None
+    return values if abs(math.fsum(values) / len(values) - summary.mean) <= MEAN_TOLERANCE else None
+
+
+class _LateRun(Run):
+    """A Run whose config.yaml is read when it is asked for: parsing it takes longer than all else that a table reads of a run."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "config":
+            raise AttributeError(name)
+        config = read_run(self.folder).config
+        object.__setattr__(self, "config", config)
+        return config
+
+
+def read_finished_run(folder: Path) -> Run:
+    """As results.read_run, of a finished run, with the configuration left for when it is asked for.
+
+    Raises UserError if the folder holds no run, an unfinished one, or one whose record is damaged or of another version.
+    """
+    path = folder / "run.json"
+    remedy = f"train it again, or move {folder} away."
+    raw = _read_object(path, remedy)
+    if raw.get("status") != "finished":
+        raise UserError(f"{path}: status is {raw.get('status')!r}. Start the training again; it resumes.")
+    try:
+        counters = {key: float(raw[key]) if key in ("flops", "seconds") else int(raw[key]) for key in COUNTERS}
+        return _LateRun(
+            counters
+            | {key: raw[key] for key in ("name", "hash", "status", "identity")}
+            | {
+                "folder": folder,
+                "ablation": tuple(raw["ablation"]),
+                "seed": int(raw["seed"]),
+                "parameters": {key: int(value) for key, value in raw["parameters"].items()},
+                "corpus": raw["corpus"]["name"],
+                "corpus_fingerprint": raw["corpus"]["fingerprint"],
+            }
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
