@@ -9,15 +9,23 @@ for it. Cells and seeds that are not finished are left out and listed in `missin
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from ablations.answers import collect
 from ablations.cells import Table
-from ablations.effects import Effects
-from ablations.record import SuiteCell
+from ablations.effects import Effects, effects_of
+from ablations.finished import Done, finished_cells, one_protocol, variant
+from ablations.matching import COUNTERS, marks
+from ablations.planning import suite_folder
+from ablations.record import SuiteCell, SuiteFolder
 from ablations.results import Run
 from ablations.selection import Selection
-from ablations.suite_extras import LawGrid, Textcore
+from ablations.suite import EvaluationConfig, SuiteConfig, load_suite, variants_at
+from ablations.suite_extras import LawGrid, Textcore, law_grid, textcore_of
+from ablations.table import Options, build_from, check_interval
+from configs.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -79,4 +87,129 @@ def suite_table(
     Raises UserError for an unknown suite, one that was never started, a folder of another suite, a baseline of which no seed is
     finished (naming the command that finishes it), damaged or half-written records and results, and results of other runs.
     """
-    raise NotImplementedError
+    place = suite_folder(suite, scale, extra, folder)
+    config, axes = _started(place, suite, scale)
+    cells = place.cells()
+    finished, missing = finished_cells(place, cells, config, evaluation)
+    first = next(cell for cell in cells if cell.baseline)
+    if first.label not in finished:
+        own = ", ".join(text for text in missing if text.startswith(f"{first.label}.seed"))
+        raise UserError(
+            f"suite {suite}, scale {scale}: the baseline {first.label}, which all others are compared with, has no finished seed "
+            f"({own}). Finish it: python -m ablations.run {shlex.join(place.plan()['arguments'])}"
+        )
+    labels = [first.label, *dict.fromkeys(cell.label for cell in cells if cell.label != first.label)]
+    marked = marks(config.matching, [_consumed(done) for members in finished.values() for done in members], match_within)
+    rows = [
+        SuiteRow(
+            label=label,
+            choice=dict(next(cell for cell in members if cell.label == label).choice),
+            cells=members,
+            runs=[done.run for done in finished[label]],
+            paper={int(shots): float(points) for shots, points in members[0].paper.items()},
+            mark=marked.get(label),
+        )
+        for label in labels
+        if label in finished and (members := sorted((c for c in cells if c.label == label), key=lambda c: c.seed))
+    ]
+    selection = Selection([variant(label, finished[label]) for label in labels if label in finished], one_protocol(finished))
+    options = Options(
+        interval=interval,
+        match_within=match_within,
+        pair_seeds=True,
+        marks=marked,
+        planned={row.label: {"steps": float(row.cells[0].steps)} | row.cells[0].cost for row in rows},
+    )
+    check_interval(selection, options)
+    held = collect(selection, shots)
+    table = build_from(held, selection, options)
+    found = SuiteTable(
+        name=suite,
+        about=config.about,
+        scale=scale,
+        matching=config.matching,
+        axes=axes,
+        baseline=first.label,
+        table=table,
+        rows=rows,
+        selection=selection,
+        missing=missing,
+        effects=effects_of(held, table, axes, {row.label: row.choice for row in rows}, first.label),
+    )
+    if config.evaluation.textcore is not None:
+        found.textcore = textcore_of({row.label: row.runs for row in rows}, config.evaluation.textcore, first.label)
+    if config.law is not None:
+        found.law = law_grid(cells, axes, config.law["size"], config.law["rate"])
+    table.notes = _notes(found)
+    return found
+
+
+def _started(place: SuiteFolder, name: str, scale: str) -> tuple[SuiteConfig, dict[str, list[str]]]:
+    """The suite as it was started last, and its axes at this scale."""
+    if not place.plan_path.is_file():
+        load_suite(name)  # an unknown suite is said first
+    plan = place.plan()
+    try:
+        written = plan["suite"]
+        there = (written["name"], plan["scale"])
+        if there != (name, scale):
+            raise UserError(
+                f"{place.folder} holds suite {there[0]}, scale {there[1]}, not {name}, {scale}. Ask for that one, or for another "
+                "folder=..."
+            )
+        known = {f.name for f in fields(SuiteConfig)}
+        config = SuiteConfig(**{key: value for key, value in written.items() if key in known})
+        config.evaluation = EvaluationConfig(**written["evaluation"])
+        config.validate()
+        axes = {axis: list(variants) for axis, variants in variants_at(config, scale).items()}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{place.plan_path} is damaged ({error!r}). Delete {place.folder} and start the suite again.") from error
+    return config, axes
+
+
+def _consumed(done: Done) -> tuple[str, int, bool, dict[str, float]]:
+    """What matching.marks compares."""
+    counted = {counter: float(getattr(done.run, counter)) for counter in COUNTERS.values()}
+    return done.cell.label, done.cell.seed, done.cell.baseline, counted
+
+
+# ----------------------------------------------------------------------------------------------------------------- notes
+
+
+def _notes(found: SuiteTable) -> list[str]:
+    """The table's notes, and what a suite adds to them: its matching, seeds that are missing, the paper's values."""
+    table = found.table
+    notes = list(table.notes)
+    marked = [f"{row.label} ({row.mark})" for row in found.rows if row.mark]
+    matching = f"All rows were to consume as many {'FLOPs' if found.matching == 'flops' else found.matching} as {found.baseline}"
+    if marked:
+        notes.append(f"{matching}. ≠: these did not, so their difference is not of the variant alone: {'; '.join(marked)}.")
+    else:
+        notes.append(f"{matching}, and did.")
+    base = next(row for row in found.rows if row.label == found.baseline).finished_seeds
+    for row in found.rows[1:]:
+        own = row.finished_seeds
+        if own == base:
+            continue
+        shared = [seed for seed in own if seed in base]
+        over = (
+            f"its Δ is over the seeds that both have ({', '.join(map(str, shared))})"
+            if shared
+            else "with none in common its Δ is over all of both, which saw other orders of the data"
+        )
+        notes.append(
+            f"{row.label} has the training seeds {', '.join(map(str, own))}, {found.baseline} has "
+            f"{', '.join(map(str, base))}: {over}."
+        )
+    corpora = {f"{run.corpus} {run.corpus_fingerprint[:8]}" for row in found.rows for run in row.runs}
+    if len(corpora) > 1:
+        notes.append(f"The rows were trained on different corpora: {', '.join(sorted(corpora))}.")
+    if any(row.paper for row in found.rows):
+        notes.append(
+            "paper: what MM1 (arXiv 2403.09611) reports for this row, its own models at its own scale on its eight tasks"
+            + ("" if found.scale == "mm1" else f"; at scale {found.scale} only the order of the rows can be compared")
+            + "."
+        )
+    if found.missing:
+        notes.append(f"Not finished, and left out: {'; '.join(found.missing)}.")
+    return notes

@@ -229,7 +229,7 @@ def _notes(table: Table, selection: Selection, options: Options, drawn: list[int
             "above them, in a Holm family of their own; what they keep of the score is owed to text alone."
         )
     for r in table.resources:
-        if r.mismatches:
+        if r.mismatches and options.marks is None:
             notes.append(
                 f"≠ {r.label} was not trained on as much as {table.resources[0].label} ({', '.join(r.mismatches)}; more than "
                 f"{match_within:.0%} apart): its difference is not of the variant alone."
