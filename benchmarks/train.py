@@ -32,15 +32,17 @@ from typing import Any
 
 from benchmarks.report import Row, print_rows
 from benchmarks.train_step import Measured, Settings
+from mm1.cpu import use_whole_width
 
 PARTS = ("vision", "connector", "attention", "mlp", "loss", "optimiser")
 CASES = ("tokens", "useful", *PARTS, "loader", "zero2", "zero3")
 PEER = "transformers' LLaVA and Trainer"
 
 
-def apart(work: Any, settings: Settings) -> Measured:
-    """In a process of its own: allocator, threads and memory are its alone."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def apart(work: Any, settings: Settings, whole_width: bool = True) -> Measured:
+    """In a process of its own: allocator, threads and memory are its alone. whole_width: matrix products as mm1.train has them."""
+    start = use_whole_width if whole_width else None
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
         return pool.submit(work, settings).result()
 
 
@@ -71,10 +73,10 @@ def ranks(settings: Settings, processes: int, stage: int) -> float:
     return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"seconds"')))["seconds"]
 
 
-def rows(settings: Settings, cases: Iterable[str]) -> Iterable[tuple[Row, dict[str, Any]]]:
-    """Each case's row, with further values for --json."""
+def rows(settings: Settings, cases: Iterable[str], lent: bool) -> Iterable[tuple[Row, dict[str, Any]]]:
+    """Each case's row, with further values for --json. lent: the peer's matrix products are as wide as ours."""
     if {"tokens", "useful", "loader", *PARTS} & set(cases):
-        yield from step_rows(settings, cases)
+        yield from step_rows(settings, cases, lent)
     if settings.device == "cpu" and {"zero2", "zero3"} & set(cases):
         alone = replace(settings, threads=1)
         one = ranks(alone, 1, 0)
@@ -85,11 +87,11 @@ def rows(settings: Settings, cases: Iterable[str]) -> Iterable[tuple[Row, dict[s
                 yield Row(f"zero{stage}", rate, tokens, rate / tokens, tokens, "steps/s a rank", "one process", "the same"), {}
 
 
-def step_rows(settings: Settings, cases: Iterable[str]) -> Iterable[tuple[Row, dict[str, Any]]]:
+def step_rows(settings: Settings, cases: Iterable[str], lent: bool) -> Iterable[tuple[Row, dict[str, Any]]]:
     from benchmarks.llava import measure_peer
     from benchmarks.train_step import measure_ours
 
-    ours, peer = apart(measure_ours, settings), apart(measure_peer, settings)
+    ours, peer = apart(measure_ours, settings), apart(measure_peer, settings, lent)
     if abs(ours.loss / peer.loss - 1) > (1e-4 if settings.device == "cpu" else 2e-2):
         raise AssertionError(f"the first step's loss is {ours.loss} here and {peer.loss} there: nothing to compare")
     limit = ours.peak / ours.flops["total"]
@@ -108,7 +110,7 @@ def step_rows(settings: Settings, cases: Iterable[str]) -> Iterable[tuple[Row, d
         rate, other = ours.tokens / ours.seconds, peer.tokens / peer.seconds
         yield Row("tokens", rate, other, rate / other, limit * ours.tokens, "tokens/s", PEER, "peak FLOP/s"), extra
     if "useful" in cases:
-        padded = apart(measure_peer, replace(settings, padded=True))
+        padded = apart(measure_peer, replace(settings, padded=True), lent)
         rate, other = ours.tokens / ours.seconds, padded.tokens / padded.seconds
         more = {"peer_padding": padded.padding, "peer_step_ms": 1e3 * padded.seconds, "peer_memory_mb": padded.memory / 1e6}
         yield Row("useful", rate, other, rate / other, limit * ours.tokens, "tokens/s", f"{PEER}, padded", "peak FLOP/s"), more
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="only this case; may be given again")
     parser.add_argument("--home", help="where the corpus `shapes` is or is to be kept; a temporary folder if not given")
     parser.add_argument("--peer-channels-last", action="store_true", help="lend the peer our layout of feature maps")
+    parser.add_argument("--peer-whole-width", action="store_true", help="lend it our wide matrix products (mm1/cpu.py)")
     parser.add_argument("--rows", type=int, default=8, help="documents in the padded peer's micro-batch; 8 is Trainer's default")
     parser.add_argument("--plot", type=Path, help="draw where the time goes into this file")
     parser.add_argument("overrides", nargs="*", help="settings of the run: key=value")
@@ -184,7 +187,7 @@ def main() -> None:
         settings.channels_last = chosen.peer_channels_last
 
         def plain() -> Iterable[Row]:
-            for row, more in rows(settings, chosen.case or CASES):
+            for row, more in rows(settings, chosen.case or CASES, chosen.peer_whole_width):
                 found[row.case] = {**asdict(row), **more}
                 if chosen.json:
                     values = {k: round(v, 4) if isinstance(v, float) else v for k, v in found[row.case].items()}

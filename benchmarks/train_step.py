@@ -246,5 +246,8 @@ def measure_ranks(settings: Settings, stage: int) -> float:
 
 
 if __name__ == "__main__":
+    from mm1.cpu import use_whole_width
+
+    use_whole_width()
     told = json.loads(sys.argv[1])
     measure_ranks(Settings(**told["settings"]), told["stage"])

@@ -1,7 +1,7 @@
 """What makes a step fast and changes nothing: chosen by the section `engine`, applied to a model before it trains.
 
     attention   packed documents without an S x S mask            mm1/model/packed_attention.py
-    kernels     oneDNN's products and convolutions on a CPU       mm1/model/onednn.py
+    kernels     convolutions with their batch norm on a CPU       mm1/model/onednn.py, depthwise.py
     loss        fused; in chunks with engine.loss_chunk           mm1/model/loss.py
     memory      what is freed is kept; recomputed activations     engine.checkpointing, engine.checkpoint_encoder
     GPU         copies beside the computation, torch.compile, liger-kernel
@@ -37,7 +37,7 @@ def prepare(model: MultimodalLM, settings: EngineConfig, device: torch.device) -
     if device.type == "cpu" and settings.kernels == "auto":
         keep_freed_memory()
         if settings.precision == "fp32":
-            use_onednn(model, model.image_encoder)
+            use_onednn(model.image_encoder)
     model.loss_chunk = settings.loss_chunk
     if settings.checkpointing:
         model.decoder.gradient_checkpointing_enable()

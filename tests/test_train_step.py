@@ -23,7 +23,7 @@ from mm1.model import depthwise, packed_attention
 from mm1.model.image_encoder import ImageEncoder, build_image_encoder
 from mm1.model.loss import chunked_losses, token_losses
 from mm1.model.multimodal import MultimodalLM
-from mm1.model.onednn import OneDNNLinear, conv_norm_pairs, use_onednn
+from mm1.model.onednn import conv_norm_pairs, use_onednn
 from mm1.speed import on_device, prepare
 from tests.corpus import tokenizer, write_corpus
 from tests.models import AVGPOOL, IMAGE_SIZE, LLAMA, TRAIN_OVERRIDES, tiny_model
@@ -203,29 +203,6 @@ def test_chunks_refuse_a_decoder_that_scales_its_logits(batch: PackedBatch) -> N
 # -------------------------------------------------------------------------------------------------------------------- oneDNN
 
 
-@pytest.mark.parametrize(("width", "out"), [(64, 200), (200, 64)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_by_onednn_is_linear(width: int, out: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    plain = nn.Linear(width, out, bias=bias)
-    ours = deepcopy(plain)
-    assert use_onednn(nn.ModuleList([ours]), linear=True)["linear"] == 1
-    x = torch.randn(3, 40, width)
-    results = []
-    for layer, dtype in ((plain.double(), torch.float64), (ours, torch.float32)):
-        own = x.to(dtype).clone().requires_grad_()
-        y = layer(own)
-        y.square().sum().backward()
-        results.append([y.detach(), own.grad, *(p.grad for p in layer.parameters())])
-    for expected, found in zip(*results, strict=True):
-        assert found.dtype == torch.float32
-        assert (found - expected).norm() / expected.norm() < 1e-6
-    ours.weight.requires_grad_(False)
-    x = x.detach().requires_grad_()
-    ours(x).sum().backward()
-    torch.testing.assert_close(x.grad, ours.weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-5)
-
-
 def tower(architecture: str, size: int = 64, stride: int = 16) -> ImageEncoder:
     torch.manual_seed(0)
     settings = {"kind": "timm", "architecture": architecture, "image_size": size, "patch_size": stride}
@@ -257,7 +234,7 @@ def test_a_folded_batch_norm_is_the_batch_norm(architecture: str) -> None:
     encoder = tower(architecture)
     folded = deepcopy(encoder)
     norms = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules())
-    assert use_onednn(nn.Module(), folded, linear=False)["conv_norm"] == norms > 10
+    assert use_onednn(folded) == norms > 10
     assert folded.state_dict().keys() == encoder.state_dict().keys()
     plain = encode(encoder.double(), images)
     close(encode(deepcopy(folded), images), plain, 2e-4)
@@ -296,7 +273,7 @@ def test_without_a_compiler_torch_computes_the_gradients(
     depthwise._kernel.cache_clear()
     encoder = tower("tf_efficientnet_lite0")
     folded = deepcopy(encoder)
-    use_onednn(nn.Module(), folded, linear=False)
+    use_onednn(folded)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     close(encode(folded, images), encode(encoder.double(), images), 2e-4)
     depthwise._kernel.cache_clear()
@@ -333,17 +310,13 @@ def test_only_a_convolution_that_feeds_its_norm_alone_is_folded() -> None:
     [{}, {"loss_chunk": 32}, {"checkpointing": True, "checkpoint_encoder": True}, {"compile": "aot_eager"}],
     ids=["auto", "chunks", "recomputed", "compiled"],
 )
-def test_a_prepared_model_takes_the_plain_step(
-    batch: PackedBatch, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mm1.model.onednn.mkl_is_slow", lambda: True)
+def test_a_prepared_model_takes_the_plain_step(batch: PackedBatch, settings: dict[str, Any]) -> None:
     abstractor = AVGPOOL | {"_target_": "mm1.model.connector.CAbstractor", "hidden": 16}
     model = tiny_model(connector=abstractor).train()
     model.decoder.resize_token_embeddings(320)
     plain = step(deepcopy(model).double(), batch)
     names = list(model.state_dict())
     prepare(model, EngineConfig(**settings), CPU)
-    assert isinstance(model.get_output_embeddings(), OneDNNLinear)
     close(step(model, batch), plain, 1e-4)
     assert list(model.state_dict()) == names
     assert list(on_device([batch], CPU)) == [batch]

@@ -1,6 +1,5 @@
-"""The two operations that fill a CPU's step, by way of oneDNN: matrix products, and convolutions with their batch norm.
+"""Convolutions that carry the batch norm after them, by way of oneDNN: most of a convolutional tower's time on a CPU.
 
-    linear        y = x W^T + b, float32          MKL, which torch calls, leaves AVX-512 unused on CPUs that are not Intel's
     conv + norm   y = act(conv(x, s W) + t)       s = gamma / sqrt(variance + eps), t = beta - mean s + s b
 
 A batch norm on stored statistics (mm1/model/image_encoder.py: the towers' always are) is an affine map of each channel, so it
@@ -8,14 +7,11 @@ can be moved into the convolution before it: its own pass over the feature map i
 W, gamma and beta through s W and t. The activation is applied while the convolution's result is still in cache.
 
 `use_onednn` changes modules' classes in place: parameters, names and hooks stay what they are. For training in float32 on a CPU;
-on other inputs (float64, bfloat16, meta) each module falls back to the plain operations. Which of the two runs never depends on
-how many rows there are: ranks would get their gradients in different orders, and ZeRO-2 would add up what does not belong
-together.
+on other inputs (float64, bfloat16, meta) each module falls back to the plain operations.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,83 +28,18 @@ from mm1.model import depthwise
 from mm1.model.flops import on_meta
 
 
-def use_onednn(model: nn.Module, encoder: nn.Module | None = None, *, linear: bool | None = None) -> dict[str, int]:
-    """Let `model`'s linear layers and `encoder`'s pairs of convolution and batch norm run as above; returns how many of each.
-
-    linear: None decides by the processor (mkl_is_slow), the same every time on one machine.
-    """
-    counts = {"linear": 0, "conv_norm": 0}
+def use_onednn(encoder: nn.Module) -> int:
+    """Let `encoder`'s pairs of convolution and batch norm run as above; returns how many there are."""
     if not torch.backends.mkldnn.is_available():
-        return counts
-    if mkl_is_slow() if linear is None else linear:
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDNNLinear
-                counts["linear"] += 1
-    if encoder is not None:
-        for conv, norm in conv_norm_pairs(encoder):
-            fold(conv, norm)
-            counts["conv_norm"] += 1
-    return counts
-
-
-def mkl_is_slow() -> bool:
-    """Whether torch's matrix products go through MKL on a processor it was not made for, with AVX-512 to lose."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkl.is_available():
-        return False
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            intel = "GenuineIntel" in file.read()
-    except OSError:
-        return False
-    return not intel and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        return 0
+    pairs = conv_norm_pairs(encoder)
+    for conv, norm in pairs:
+        fold(conv, norm)
+    return len(pairs)
 
 
 def _float32(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
-
-
-# ----------------------------------------------------------------------------------------------------------------- linear
-
-
-class OneDNNLinear(nn.Linear):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not _float32(input, self.weight, self.bias):
-            return super().forward(input)
-        return _Linear.apply(input, self.weight, self.bias)
-
-
-class _Linear(torch.autograd.Function):
-    """float32 (..., in) x (out, in) -> (..., out)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        g = gradient.reshape(-1, gradient.shape[-1])
-        of_x = _product(g, weight.T).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_weight = of_bias = None
-        if ctx.needs_input_grad[1]:
-            flat = x.reshape(-1, x.shape[-1])
-            # the wider side last: a third faster than the other way round
-            wide = weight.shape[0] > weight.shape[1]
-            of_weight = _product(flat.T, g.T).T if wide else _product(g.T, flat.T)
-        if ctx.needs_input_grad[2]:
-            of_bias = g.sum(0)
-        return of_x, of_weight, of_bias
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if not x.numel():  # oneDNN refuses empty products
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-# ------------------------------------------------------------------------------------------------- convolution, batch norm
 
 
 def conv_norm_pairs(encoder: nn.Module) -> list[tuple[nn.Conv2d, _BatchNorm]]:
