@@ -37,8 +37,8 @@ class Done:
 def finished_cells(
     place: SuiteFolder, cells: Sequence[SuiteCell], config: SuiteConfig, evaluation: str | None
 ) -> tuple[dict[str, list[Done]], list[str]]:
-    """(label -> finished cells in the seeds' order, "NAME: STATE" of the others). `evaluation`: the beginning of a plan or a folder,
-    in place of the suite's own evaluations.
+    """(label -> finished cells in the seeds' order, "NAME: STATE" of the others). `evaluation`: the beginning of a plan or a
+    folder, in place of the suite's own evaluations.
 
     Raises UserError for what is damaged, half-written, of another run or another suite, and where it is not clear what to take.
     """

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ablations.cells import Block, Cell, Resources, Row, Table
+from ablations.sections import Section, duration, si, table_sections
+
+__all__ = ["CSV_COLUMNS", "aligned", "duration", "markdown", "render_csv", "render_markdown", "si"]
 
 CSV_COLUMNS = [
     "task", "metric", "chance", "variant", "control", "seeds", "shots", "value", "se", "se_items", "se_seeds",
@@ -19,131 +22,56 @@ CSV_COLUMNS = [
 ]  # fmt: skip
 
 
+def title_of(table: Table) -> str:
+    variants = len(table.resources)
+    title = table.resources[0].label + (f" and {variants - 1} variant{'s' * (variants > 2)}" if variants > 1 else "")
+    return f"{title} (scale {table.scale}, corpus {table.corpus})"
+
+
 def render_markdown(table: Table) -> str:
     """The mean over tasks, one table a task, what each variant took, and the notes."""
-    variants = len(table.resources)
-    title = f"# {table.resources[0].label}" + (f" and {variants - 1} variant{'s' * (variants > 2)}" if variants > 1 else "")
-    parts = [f"{title} (scale {table.scale}, corpus {table.corpus})"]
-    for block in table.blocks:
-        heading = "## Mean over tasks" if block.task is None else f"## {block.task} ({block.metric})"
-        parts.append(heading + (f", chance {block.chance:.1f}" if block.chance is not None else ""))
-        parts.append(_scores(block, table.shots, many_seeds=any(len(r.seeds) > 1 for r in table.resources)))
-    parts += ["## What each variant is and took", _resources(table.resources), "## Notes"]
-    parts.append("\n".join(f"- {note}" for note in table.notes))
+    return markdown(title_of(table), "", table_sections(table), table.notes)
+
+
+def markdown(title: str, about: str, sections: Sequence[Section], notes: Sequence[str]) -> str:
+    """A heading, each section with its own notes below it, and the notes of all."""
+    parts = [f"# {title}", *([about] if about else [])]
+    for section in sections:
+        parts += [f"## {section.title}", aligned(section.header, section.lines, section.text), *section.notes]
+    parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 
 
-def _scores(block: Block, shots: Sequence[int], *, many_seeds: bool) -> str:
-    compared = len(block.rows) > 1
-    header = ["variant"]
-    for k in shots:
-        header += [f"{k}-shot", f"Δ {k}-shot"] if compared else [f"{k}-shot"]
-    lines = []
-    for row in block.rows:
-        line = [_label(row)]
-        for k in shots:
-            line.append(_value(row.cells[k]))
-            if compared:
-                line.append(_difference(row.cells[k], many_seeds))
-        lines.append(line)
-    return aligned(header, lines)
-
-
-def _label(row: Row) -> str:
-    return f"↳ images {row.control}" if row.control else row.label + ("" if row.matched else " ≠")
-
-
-def _value(cell: Cell) -> str:
-    parts = (("s", cell.score.se_seeds), ("d", cell.score.se_demonstrations))
-    kept_apart = ", ".join(f"{sign} {value:.1f}" for sign, value in parts if value is not None)
-    return f"{cell.score.mean:.1f} ± {_number(cell.score.se)}" + (f" ({kept_apart})" if kept_apart else "")
-
-
-def _number(value: float) -> str:
-    return "?" if math.isnan(value) else f"{value:.1f}"
-
-
-def _difference(cell: Cell, many_seeds: bool) -> str:
-    d = cell.difference
-    if d is None:
-        return "baseline"
-    level = " (items)" if many_seeds and not cell.difference_has_seeds else ""
-    if math.isnan(d.se):
-        return f"{d.value:+.1f} [?]{level}"
-    return f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]{level}{' *' if cell.significant else ''}"
-
-
-def _resources(resources: Sequence[Resources]) -> str:
-    header = [
-        "variant",
-        "encoder",
-        "connector",
-        "decoder",
-        "trainable",
-        "tokens",
-        "images",
-        "steps",
-        "FLOPs",
-        "wall time",
-        "seeds",
-    ]
-    lines = [
-        [
-            r.label + (" ≠" if r.mismatches else ""),
-            *(si(r.parameters.get(key, 0)) for key in ("image_encoder", "connector", "decoder", "trainable")),
-            si(r.tokens),
-            si(r.images),
-            f"{r.steps:.0f}",
-            f"{r.flops:.2e}",
-            duration(r.seconds),
-            ", ".join(map(str, r.seeds)),
-        ]
-        for r in resources
-    ]
-    return aligned(header, lines)
-
-
-def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first column to the left and the others to the right, its columns of one width in the source as well."""
-    widths = [max(3, *(len(line[i]) for line in [header, *lines])) for i in range(len(header))]
+def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], text: int = 1) -> str:
+    """A Markdown table, the first `text` columns to the left and the others to the right, its columns of one width in the source
+    as well."""
+    held = [[cell.replace("|", "\\|") for cell in line] for line in [header, *lines]]
+    widths = [max(3, *map(len, column)) for column in zip(*held, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            "| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))) + " |"
-        )
+        placed = (c.ljust(w) if i < text else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "| " + " | ".join(placed) + " |"
 
-    rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)) + " |"
-    return "\n".join([line(header), rule, *map(line, lines)])
-
-
-def si(value: float) -> str:
-    """1234567 -> '1.23M'; whole numbers below a thousand as they are."""
-    for limit, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{sign}"
-    return f"{value:.3g}"
+    rule = "| " + " | ".join("-" * w if i < text else "-" * (w - 1) + ":" for i, w in enumerate(widths)) + " |"
+    return "\n".join([line(held[0]), rule, *map(line, held[1:])])
 
 
-def duration(seconds: float) -> str:
-    """'43 s', '12 min 3 s', '5 h 20 min'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+def render_csv(
+    table: Table, columns: Sequence[str] = CSV_COLUMNS, more: Callable[[Row, int, bool], dict[str, Any]] | None = None
+) -> str:
+    """One line for each task (and "mean"), variant, control and number of shots; empty where there is no such number.
 
-
-def render_csv(table: Table) -> str:
-    """One line for each task (and "mean"), variant, control and number of shots; empty where there is no such number."""
+    `more(row, shots, of the mean)`: values of further `columns`.
+    """
     resources = {r.label: r for r in table.resources}
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for block in table.blocks:
         for row in block.rows:
             for shots, cell in row.cells.items():
-                writer.writerow(_csv_line(table, block, row, shots, cell, resources[row.label]))
+                line = _csv_line(table, block, row, shots, cell, resources[row.label])
+                writer.writerow(line | (more(row, shots, block is table.blocks[0]) if more else {}))
     return text.getvalue()
 
 

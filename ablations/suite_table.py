@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from ablations.answers import collect
+from ablations.building import Options, build_from, check_interval
 from ablations.cells import Table
 from ablations.effects import Effects, effects_of
 from ablations.finished import Done, finished_cells, one_protocol, variant
@@ -24,7 +25,6 @@ from ablations.results import Run
 from ablations.selection import Selection
 from ablations.suite import EvaluationConfig, SuiteConfig, load_suite, variants_at
 from ablations.suite_extras import LawGrid, Textcore, law_grid, textcore_of
-from ablations.table import Options, build_from, check_interval
 from configs.errors import UserError
 
 
