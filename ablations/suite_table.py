@@ -27,6 +27,9 @@ from ablations.suite import EvaluationConfig, SuiteConfig, load_suite, variants_
 from ablations.suite_extras import LawGrid, Textcore, law_grid, textcore_of
 from configs.errors import UserError
 
+LISTED = 40
+"""Unfinished cells that a note lists before it only counts."""
+
 
 @dataclass(frozen=True)
 class SuiteRow:
@@ -211,5 +214,6 @@ def _notes(found: SuiteTable) -> list[str]:
             + "."
         )
     if found.missing:
-        notes.append(f"Not finished, and left out: {'; '.join(found.missing)}.")
+        more = f"; and {len(found.missing) - LISTED} more" if len(found.missing) > LISTED else ""
+        notes.append(f"Not finished, and left out: {'; '.join(found.missing[:LISTED])}{more}.")
     return notes
