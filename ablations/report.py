@@ -1,0 +1,176 @@
+"""A suite's report: one HTML file with its scores, figures, training, cost, answers and settings, that needs nothing else.
+
+    SuiteTable (suite_table.py) + metrics.jsonl, run.json, answers of its runs
+        -> report_tables.py, report_figures.py, report_forest.py, report_curves.py, report_samples.py -> report_page.py
+
+All text of models, corpora and configurations is escaped, and the page's policy lets nothing else run or be fetched.
+
+Size: about 0.5 MB for 12 variants of 3 seeds and 5 tasks, of which pictures have at most report_samples.PICTURE_BYTES; figures of
+more than report_figures.MANY variants are folded up.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ablations import report_tables as tables
+from ablations.render import duration, si
+from ablations.report_curves import Training, held_out, law_figures, loss_figures, training_of
+from ablations.report_figures import MANY, Layout, cost, scores
+from ablations.report_forest import forest, main_effects
+from ablations.report_page import Section, page, tabs
+from ablations.report_samples import samples
+from ablations.report_svg import figure
+from ablations.suite_table import SuiteTable
+from data_pipelines.page import safe
+from mm1.run import write_atomically
+
+LISTED = 12
+"""Missing cells listed at once; more of them are folded up."""
+
+
+def write_report(suite: SuiteTable, path: Path) -> Path:
+    """Write the page to `path` and return it. Raises UserError where a run's record, losses or answers are damaged."""
+    trainings = [training_of(row) for row in suite.rows]
+    text = page(f"Suite {suite.name}, scale {suite.scale}", _head(suite, path), _sections(suite, trainings))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------- head
+
+
+def _head(suite: SuiteTable, path: Path) -> str:
+    table = suite.table
+    seeds = sorted({seed for r in table.resources for seed in r.seeds})
+    drawn = sorted({seed for v in suite.selection.variants for e in v.evaluations for seed in e.demonstration_seeds})
+    runs = sum(len(r.runs) for r in suite.rows)
+    facts = {
+        "Scale": suite.scale,
+        "Corpus": table.corpus,
+        "Variants": f"{len(suite.rows)}, {runs} run{'s' * (runs != 1)}",
+        "Training seeds": ", ".join(map(str, seeds)),
+        "Demonstration seeds": ", ".join(map(str, drawn)),
+        "Matched": f"equal {suite.matching}",
+        "Baseline": suite.baseline,
+        "Last result": _last_result(suite),
+        "Trained": f"{duration(tables.taken_total(table.resources, 'seconds'))}, "
+        f"{si(tables.taken_total(table.resources, 'tokens'))} tokens, {tables.taken_total(table.resources, 'flops'):.2e} FLOPs",
+        "Plan": table.plan.partition(" ")[0],
+    }
+    listed = "".join(f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
+    about = f'<p class="about">{safe(" ".join(suite.about.split()))}</p>' if suite.about else ""
+    commands = safe("\n".join(_commands(suite, path)))
+    return f"{about}<dl class='facts'>{listed}</dl>{_missing(suite.missing)}<pre>{commands}</pre>"
+
+
+def _last_result(suite: SuiteTable) -> str:
+    times = [(e.folder / "summary.json").stat().st_mtime for v in suite.selection.variants for e in v.evaluations]
+    return datetime.fromtimestamp(max(times), UTC).strftime("%Y-%m-%d %H:%M UTC") if times else "none"
+
+
+def _missing(missing: Sequence[str]) -> str:
+    if not missing:
+        return ""
+    items = "<ul>" + "".join(f"<li>{safe(name)}</li>" for name in missing) + "</ul>"
+    head = f"Not finished, and not in this report: {len(missing)} cell{'s' * (len(missing) != 1)}"
+    if len(missing) > LISTED:
+        return f'<div class="banner"><details><summary>{head}</summary>{items}</details></div>'
+    return f'<div class="banner missing">{head}{items}</div>'
+
+
+def _commands(suite: SuiteTable, path: Path) -> list[str]:
+    """The command that the suite was started with, from its plan where the report lies beside it; and the report's own."""
+    from ablations.planning import suite_folder
+
+    given = [f"suite={suite.name}", f"scale={suite.scale}"]
+    for place in (path.parent, suite_folder(suite.name, suite.scale).folder):
+        plan = place / "plan.json"
+        if plan.is_file():
+            held = json.loads(plan.read_text(encoding="utf-8"))
+            if held.get("suite", {}).get("name") == suite.name and held.get("scale") == suite.scale:
+                given = [str(argument) for argument in held.get("arguments") or given]
+                break
+    where = [argument for argument in given if argument.startswith(("suite=", "scale=", "folder="))]
+    return [
+        "python -m ablations.run " + " ".join(map(shlex.quote, given)),
+        "python -m ablations.table " + " ".join(map(shlex.quote, where)),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+def _sections(suite: SuiteTable, trainings: Sequence[Training]) -> list[Section]:
+    table = suite.table
+    layout = Layout(suite.axes, {row.label: row.choice for row in suite.rows}, table.shots)
+    by_label = {t.label: t for t in trainings}
+    names = ["Mean over tasks" if b.task is None else b.task for b in table.blocks]
+    bodies = []
+    for block in table.blocks:
+        chance = "" if block.chance is None else f", chance {block.chance:.1f}"
+        about = (
+            f'<p class="note">{safe(block.metric)}{chance}. Points ± one standard error; Δ: {safe(suite.baseline)} subtracted, '
+        )
+        about += "with its 95 % interval; * p &lt; 0.05 after Holm. A column's head sorts.</p>"
+        bodies.append(tables.grid(block, suite) + about + scores(block, layout) + forest(block, table.shots))
+    sections = [Section("scores", "Scores", tabs(names, bodies))]
+    if suite.effects is not None and suite.effects.main:
+        drawn = main_effects(suite.effects, suite.axes, table.shots)
+        sections.append(Section("effects", "What each axis does", drawn))
+    if suite.law is not None:
+        sections.append(Section("law", "Learning-rate law", law_figures(suite.law)))
+    sections.append(Section("cost", "Cost and score", _cost(suite)))
+    if suite.textcore is not None and suite.textcore.cells:
+        labels = [row.label for row in suite.rows]
+        note = '<p class="note">Mean of the eight tasks in points ± one standard error; differences are unpaired.</p>'
+        sections.append(Section("textcore", "TextCore", tables.textcore(suite.textcore, labels) + note))
+    sections.append(Section("training", "Training", loss_figures(trainings, layout) + held_out(trainings)))
+    sections.append(Section("answers", "Sample answers", samples(suite.selection, table.shots)))
+    took = tables.resources(suite, by_label) + '<p class="note">Per run, means over seeds; "of": as planned.</p>'
+    sections.append(Section("cells", "Cells", took + tables.cells(suite, by_label)))
+    sections.append(Section("reading", "How to read this", _reading(suite)))
+    return sections
+
+
+def _cost(suite: SuiteTable) -> str:
+    table = suite.table
+    block = table.blocks[0]
+    parts = []
+    for name, key, unit in (("Training FLOPs", "flops", "FLOPs a run"), ("Wall time", "seconds", "seconds a run")):
+        costs = {r.label: float(getattr(r, key)) for r in table.resources}
+        if panels := cost(block, table.shots, costs, unit, suite.baseline):
+            what = "the mean over tasks" if block.task is None else safe(block.task)
+            caption = (
+                f"{name} against {what}, in points. Blue, joined: no variant scores as high for less (Pareto front); "
+                f"outlined: {safe(suite.baseline)}. Scores have the errors of the table."
+            )
+            closed = f"Show {len(table.resources)} variants" if len(table.resources) > MANY else ""
+            parts.append(f"<h3>{name}</h3>" + figure(caption, panels, closed=closed))
+    return "".join(parts) or '<p class="note">No run has counted its FLOPs or its time.</p>'
+
+
+def _reading(suite: SuiteTable) -> str:
+    table = suite.table
+    many = max((len(r.seeds) for r in table.resources), default=1) > 1
+    seeds = (
+        "and how much the score changes from seed to seed of training, which draws new weights and another order of data"
+        if many
+        else "but not how much another training seed would change, since every variant was trained once"
+    )
+    text = (
+        f"An error holds how much the score would change with other test images (items on one image are one cluster), {seeds}. "
+        "A difference is taken item by item on the same questions after the same demonstrations, so its interval is narrower "
+        "than two scores' errors suggest: judge by the interval of the difference, not by whether error bars overlap. An "
+        "interval that holds 0 says that this suite cannot tell the two apart, not that they are equal; the grey band of a "
+        "forest plot says how large a difference it could have found. Holm's correction keeps the chance of even one false "
+        "star in a table at 5 %. Scores of the paper are of other data and larger models: compare the order and the sign, not "
+        "the height."
+    )
+    notes = "".join(f"<li>{safe(note)}</li>" for note in table.notes)
+    return f'<p class="prose">{text}</p><ul class="notes">{notes}</ul>'

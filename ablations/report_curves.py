@@ -1,0 +1,284 @@
+"""The figures of training: loss curves, held-out loss, and the learning-rate law.
+
+    metrics.jsonl of every seed -> at most POINTS means of neighbouring steps -> smoothed (plots.smooth)
+    run.json's validation       -> held-out loss, a mark a seed
+
+A variant has a panel of its own: its seeds thin, their mean bold, the baseline's mean in grey for comparison. All panels of a
+kind share their axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ablations.law import MM1, held_out_loss
+from ablations.plots import LOSSES, smooth
+from ablations.report_figures import MANY, Layout, Place
+from ablations.report_svg import (
+    Panel,
+    brief,
+    colour,
+    figure,
+    label_margin,
+    linear,
+    log_ticks,
+    logarithmic,
+    padded,
+    padded_log,
+    shortened,
+    ticks,
+)
+from ablations.suite_extras import LawGrid, LossCell
+from ablations.suite_table import SuiteRow
+from data_pipelines.page import safe
+from mm1.run import Run as TrainingRun
+
+POINTS = 100
+"""Of a curve at most; a panel is 200 pixels wide."""
+
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class Training:
+    """One variant's training. `curves`: kind of loss -> a smoothed curve (steps, nats a token) a seed; `held_out`: seed -> mean
+    held-out loss; `kinds`: of it, seed -> kind -> loss; `unlogged`: runs without a curve."""
+
+    label: str
+    curves: dict[str, list[Curve]] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
+    kinds: dict[int, dict[str, float]] = field(default_factory=dict)
+    unlogged: list[str] = field(default_factory=list)
+
+    def mean(self, kind: str) -> Curve | None:
+        """Over the seeds, at the steps that all of them have."""
+        found = self.curves.get(kind, [])
+        if not found:
+            return None
+        steps = found[0][0]
+        for other, _ in found[1:]:
+            steps = np.intersect1d(steps, other)
+        if not len(steps):
+            return None
+        return steps, np.mean([losses[np.searchsorted(own, steps)] for own, losses in found], axis=0)
+
+
+def training_of(row: SuiteRow) -> Training:
+    """Reads metrics.jsonl and run.json of every run of the row. Raises UserError for a damaged one."""
+    made = Training(row.label)
+    for run in row.runs:
+        info = TrainingRun(run.folder).info
+        validation = {k: float(v) for k, v in (info.get("validation") or {}).items() if k.startswith("loss_")}
+        if validation:
+            made.held_out[run.seed], made.kinds[run.seed] = held_out_loss(info), validation
+        lines = run.metrics() if (run.folder / "metrics.jsonl").is_file() else []
+        if len(lines) < 2:
+            made.unlogged.append(run.label)
+            continue
+        for kind in LOSSES:
+            points = [(line["step"], line[kind]) for line in lines if kind in line]
+            if len(points) > 1:
+                made.curves.setdefault(kind, []).append(thinned([p[0] for p in points], [p[1] for p in points]))
+    return made
+
+
+def thinned(steps: Sequence[float], losses: Sequence[float], most: int = POINTS) -> Curve:
+    """At most `most` means of neighbours, smoothed over a tenth of the curve. Chunks begin at the same steps in every seed."""
+    size = -(-len(steps) // most)
+    cut = range(0, len(steps), size)
+    means = [float(np.mean(losses[i : i + size])) for i in cut]
+    middle = np.array([np.mean(steps[i : i + size]) for i in cut])
+    return middle, smooth(means, len(means) // 10)
+
+
+def loss_figures(trainings: Sequence[Training], layout: Layout) -> str:
+    """All variants' means in one panel a kind of data, then a panel a variant."""
+    kinds = [kind for kind in LOSSES if any(kind in t.curves for t in trainings)]
+    if not kinds:
+        return '<p class="note">No run has logged a loss.</p>'
+    kinds = kinds[1:] if len(kinds) == 2 else kinds  # with one kind of data "all" is the same curve again
+    varied = layout.others(None)
+    axis = varied[0] if varied else None
+    names = list(layout.axes[axis]) if axis else []
+    folded = f"Show the loss curves of {len(trainings)} variants" if len(trainings) > MANY else ""
+
+    def kind_of(label: str) -> int:
+        name = layout.variant(label, axis) if axis else ""
+        return names.index(name) if name in names else 0
+
+    overview = []
+    for kind in kinds:
+        drawn = [(t, mean) for t in trainings if (mean := t.mean(kind)) is not None]
+        panel = Panel(LOSSES[kind], width=270, height=215, bottom=40)
+        x, y = _scales(panel, [mean for _, mean in drawn])
+        panel.y_axis(ticks(*_span([mean for _, mean in drawn])), y)
+        panel.x_axis(ticks(0, max(float(m[0][-1]) for _, m in drawn), 4), x, "step")
+        for t, curve in reversed(drawn):  # the baseline last, on top
+            classes = f"mean {colour(kind_of(t.label))}" + (" first" if t is trainings[0] else "")
+            panel.path(_points(panel, curve, x, y), classes, t.label)
+        overview.append(panel)
+    legend = [(name, colour(i), 1.0) for i, name in enumerate(names)] if axis else []
+    by = f", coloured by {safe(axis)}" if axis else ""
+    first = f"Training loss in nats a token by kind of data, means over seeds{by}; {safe(trainings[0].label)} drawn bold."
+    every = figure(first, overview, legend, closed=folded)
+    return every + _own_panels(trainings, kinds[0], kind_of, folded)
+
+
+def _own_panels(trainings: Sequence[Training], kind: str, kind_of: Callable[[str], int], folded: str) -> str:
+    held = [c for t in trainings for c in t.curves.get(kind, [])]
+    reference = trainings[0].mean(kind)
+    panels = []
+    for t in trainings:
+        if kind not in t.curves:
+            continue
+        panel = Panel(shortened(t.label), width=212, height=156, left=32, bottom=24)
+        x, y = _scales(panel, held)
+        panel.y_axis(ticks(*_span(held), 4), y)
+        panel.x_axis(ticks(0, max(float(c[0][-1]) for c in held), 3), x)
+        if reference is not None and t is not trainings[0]:
+            panel.path(_points(panel, reference, x, y), "reference")
+        for curve in t.curves[kind]:
+            panel.path(_points(panel, curve, x, y), f"seed {colour(kind_of(t.label))}")
+        if (mean := t.mean(kind)) is not None and len(t.curves[kind]) > 1:
+            panel.path(_points(panel, mean, x, y), f"mean {colour(kind_of(t.label))}")
+        panels.append(panel)
+    caption = (
+        f"Training loss ({LOSSES[kind]}), a panel a variant: seeds thin, their mean bold, {safe(trainings[0].label)} in grey. "
+        f"Curves are local straight-line fits over a tenth of the run, at most {POINTS} points each."
+    )
+    missing = [name for t in trainings for name in t.unlogged]
+    gone = f'<p class="note">Without a logged loss: {safe(", ".join(missing))}.</p>' if missing else ""
+    return figure(caption, panels, closed=folded) + gone
+
+
+def _points(panel: Panel, curve: Curve, x: Place, y: Place) -> list[tuple[float, float]]:
+    """From where the curve enters the panel; what leaves it again runs along its upper edge."""
+    points = [(x(float(step)), y(float(loss))) for step, loss in zip(*curve, strict=True)]
+    first = next((i for i, (_, height) in enumerate(points) if height >= panel.y1), 0)
+    return [(across, max(panel.y1, height)) for across, height in points[first:]]
+
+
+def _scales(panel: Panel, curves: Sequence[Curve]) -> tuple[Place, Place]:
+    low, high = _span(curves)
+    last = max(float(steps[-1]) for steps, _ in curves)
+    return linear(0, last, panel.x0, panel.x1), linear(low, high, panel.y0, panel.y1)
+
+
+def _span(curves: Sequence[Curve]) -> tuple[float, float]:
+    """From the lowest loss to the highest after the first tenth of a run: the fall from chance would flatten all the rest."""
+    low = min(float(losses.min()) for _, losses in curves)
+    high = max(float(losses[min(len(losses) - 1, len(losses) // 10) :].max()) for _, losses in curves)
+    return padded([low, max(high, low + 0.1)], 0.04)
+
+
+def held_out(trainings: Sequence[Training]) -> str:
+    """A line a variant: the seeds' held-out losses and their mean."""
+    found = [t for t in trainings if any(math.isfinite(v) for v in t.held_out.values())]
+    if not found:
+        return '<p class="note">No run has a held-out loss (train.validation_sequences=0).</p>'
+    left = label_margin([t.label for t in found])
+    panel = Panel("Held-out loss", width=left + 300, height=56 + 18 * len(found), left=left, bottom=28, right=16)
+    low, high = padded([v for t in found for v in t.held_out.values()])
+    x = linear(low, high, panel.x0, panel.x1)
+    panel.x_axis(ticks(low, high), x)
+    for i, t in enumerate(found):
+        y = panel.y1 + 10 + 18 * i
+        panel.text(left - 8, y + 4, shortened(t.label), "name", anchor="end")
+        values = [v for v in t.held_out.values() if math.isfinite(v)]
+        panel.line(x(min(values)), y, x(max(values)), y, "interval flat")
+        for seed, value in t.held_out.items():
+            if math.isfinite(value):
+                panel.circle(x(value), y, 2.5, "fill main seed-mark", f"{t.label}, seed {seed}: {value:.3f}", 0.6)
+        mean = sum(values) / len(values)
+        panel.circle(x(mean), y, 4.5, "fill main mark", f"{t.label}: {mean:.3f}, mean of {len(values)} seeds")
+    diverged = [f"{t.label}, seed {s}" for t in trainings for s, v in t.held_out.items() if not math.isfinite(v)]
+    caption = "Held-out loss in nats a token, mean over kinds of data: small marks are seeds, the large one their mean."
+    caption += f" Diverged: {safe(', '.join(diverged))}." if diverged else ""
+    return figure(caption, [panel], closed=f"Show the held-out losses of {len(found)} variants" if len(found) > MANY else "")
+
+
+# ------------------------------------------------------------------------------------------------------------------ law
+
+
+def law_figures(grid: LawGrid) -> str:
+    """Held-out loss over the rate, a curve a size, with the parabola's optimum; and the fitted line in logarithms."""
+    numbers = {rate: float(rate) for rate in grid.rates if _is_number(rate)}
+    cells = [
+        (size, numbers[rate], cell) for size in grid.sizes for rate, cell in grid.losses.get(size, {}).items() if rate in numbers
+    ]
+    cells = [(size, rate, cell) for size, rate, cell in cells if math.isfinite(cell.mean)]
+    if not cells:
+        return '<p class="note">No cell of the grid has a finite held-out loss yet.</p>'
+    panels = [_grid_panel(grid, cells)]
+    if grid.law is not None:
+        panels.append(_line_panel(grid))
+        law = grid.law
+        a, b = (f" [{i[0]:.3f}, {i[1]:.3f}]" if i else "" for i in (law.a_interval, law.b_interval))
+        caption = (
+            f"Left: held-out loss by peak rate (± one standard error over seeds), and the optimum of the parabola through the "
+            f"best rate and its neighbours (ring). Right: log(η) = a log(N) + b with a = {law.a:.3f}{a}, b = {law.b:.3f}{b}; "
+            f"dashed: MM1's a = {MM1[0]}, b = {MM1[1]}. N: decoder parameters without embeddings."
+        )
+    else:
+        caption = f"Held-out loss by peak rate. No line is fitted: {safe(grid.reason or 'no reason is given')}"
+    return figure(caption, panels, [(size, colour(i), 1.0) for i, size in enumerate(grid.sizes)])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def _grid_panel(grid: LawGrid, cells: Sequence[tuple[str, float, LossCell]]) -> Panel:
+    panel = Panel("Held-out loss, nats a token", width=400, height=290, bottom=40)
+    xs = padded_log([rate for _, rate, _ in cells])
+    low, high = padded([c.mean + s * (c.se or 0) for _, _, c in cells for s in (-1, 1)])
+    x, y = logarithmic(*xs, panel.x0, panel.x1), linear(low, high, panel.y0, panel.y1)
+    panel.y_axis(ticks(low, high), y)
+    panel.x_axis(log_ticks(*xs), x, "peak learning rate")
+    optima = {o.size: o for o in grid.law.optima} if grid.law else {}
+    for number, size in enumerate(grid.sizes):
+        own = sorted(((rate, cell) for s, rate, cell in cells if s == size), key=lambda pair: pair[0])
+        panel.path([(x(rate), y(cell.mean)) for rate, cell in own], f"thin {colour(number)}")
+        for rate, cell in own:
+            if cell.se:
+                panel.line(x(rate), y(cell.mean - cell.se), x(rate), y(cell.mean + cell.se), f"stroke soft {colour(number)}")
+            told = f"{size}, rate {brief(rate)}: {cell.mean:.3f}, mean of {len(cell.seeds)} seeds"
+            panel.circle(x(rate), y(cell.mean), 3.5, f"fill mark {colour(number)}", told)
+        if size in optima:
+            rates = sorted(optima[size].losses)
+            best = min(range(len(rates)), key=lambda i: optima[size].losses[rates[i]])
+            near = rates[best - 1 : best + 2]
+            curve = np.polyfit(np.log(near), [optima[size].losses[r] for r in near], 2)
+            along = np.linspace(math.log(near[0]), math.log(near[-1]), 24)
+            panel.path([(x(math.exp(v)), y(float(np.polyval(curve, v)))) for v in along], f"curve {colour(number)}")
+            at = optima[size].rate
+            told = f"{size}: best rate {brief(at)}"
+            panel.circle(x(at), y(float(np.polyval(curve, math.log(at)))), 6, f"ring {colour(number)}", told)
+    return panel
+
+
+def _line_panel(grid: LawGrid) -> Panel:
+    assert grid.law is not None
+    law = grid.law
+    panel = Panel("Best rate by size", width=340, height=290, bottom=40, left=46)
+    xs = padded_log([o.parameters for o in law.optima], 0.15)
+    paper = [math.exp(MM1[0] * math.log(n) + MM1[1]) for n in xs]
+    ys = padded_log([*(o.rate for o in law.optima), *map(law.rate, xs), *paper])
+    x, y = logarithmic(*xs, panel.x0, panel.x1), logarithmic(*ys, panel.y0, panel.y1)
+    panel.y_axis(log_ticks(*ys), y)
+    panel.x_axis(log_ticks(*xs), x, "decoder parameters")
+    panel.path([(x(n), y(rate)) for n, rate in zip(xs, paper, strict=True)], "chance")
+    panel.path([(x(n), y(law.rate(n))) for n in xs], "curve ink")
+    for number, size in enumerate(grid.sizes):
+        for optimum in law.optima:
+            if optimum.size == size:
+                told = f"{size}: {optimum.parameters:,} parameters, best rate {brief(optimum.rate)}"
+                panel.circle(x(optimum.parameters), y(optimum.rate), 5, f"fill mark {colour(number)}", told)
+    return panel
