@@ -40,7 +40,7 @@ PEER = "transformers' LLaVA and Trainer"
 
 
 def apart(work: Any, settings: Settings, whole_width: bool = True) -> Measured:
-    """In a process of its own: allocator, threads and memory are its alone. whole_width: matrix products as mm1.train has them."""
+    """In a process of its own: allocator, threads and memory are its alone. whole_width: of matrix products, as in mm1.train."""
     start = use_whole_width if whole_width else None
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=start) as pool:
         return pool.submit(work, settings).result()

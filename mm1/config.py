@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from configs.command import register
 from configs.errors import UserError
 from data_pipelines.config import DataConfig, PackingConfig
 from mm1.model.config import TRAIN_MODES, ConnectorConfig, ImageEncoderConfig
+from mm1.optim import MM1_LAW, peak_learning_rate
 
 
 @dataclass
@@ -46,7 +49,10 @@ class OptimConfig:
     """AdamW with MM1's laws; see mm1/optim.py."""
 
     peak_lr: float | None = None
-    """None: MM1's law, exp(-0.4214 ln N - 0.5535) with N the decoder's parameters without embeddings."""
+    """None: by the law."""
+    law: str | None = None
+    """A file with a and b of exp(a ln N + b), N the decoder's parameters without embeddings, as `python -m ablations.law` writes
+    it; None: MM1's law, a = -0.4214 and b = -0.5535."""
     weight_decay: float = 0.1
     """Relative to the learning rate: a step shrinks a weight by weight_decay x lr, which is MM1's lambda = 0.1 eta."""
     beta1: float = 0.9
@@ -63,13 +69,59 @@ class OptimConfig:
             if getattr(self, key) <= 0:
                 raise UserError(f"optim.{key}={getattr(self, key)}: must be positive.")
         if self.peak_lr is not None and self.peak_lr <= 0:
-            raise UserError(f"optim.peak_lr={self.peak_lr}: must be positive, or null for MM1's law.")
+            raise UserError(f"optim.peak_lr={self.peak_lr}: must be positive, or null for the law.")
+        if self.law is not None:
+            if self.peak_lr is not None:
+                raise UserError(
+                    f"optim.peak_lr={self.peak_lr} and optim.law={self.law}: give one of them, and null for the other."
+                )
+            read_law(self.law)
         for key in ("beta1", "beta2", "final_lr"):
             if not 0 <= getattr(self, key) < 1 and not (key == "final_lr" and self.final_lr == 1):
                 raise UserError(f"optim.{key}={getattr(self, key)}: must lie in [0, 1).")
         for key in ("weight_decay", "warmup_steps", "z_loss"):
             if getattr(self, key) < 0:
                 raise UserError(f"optim.{key}={getattr(self, key)}: must not be negative.")
+
+    def peak(self, decoder_parameters: int) -> float:
+        """The peak learning rate; `decoder_parameters` counts no embeddings. UserError for a law that gives an absurd one."""
+        if self.peak_lr is not None:
+            return self.peak_lr
+        law = MM1_LAW if self.law is None else read_law(self.law)
+        exponent = law[0] * math.log(decoder_parameters) + law[1]
+        if not -30 < exponent < 0:
+            raise UserError(
+                f"optim.law={self.law}: a={law[0]:g}, b={law[1]:g} give a learning rate of exp({exponent:.4g}) for a decoder of "
+                f"{decoder_parameters:,} parameters. Is it the file that `python -m ablations.law` wrote?"
+            )
+        return peak_learning_rate(decoder_parameters, law)
+
+    def identity(self) -> dict[str, Any]:
+        """What changes the weights: of a law what it says, wherever the file lies; nothing where there is none."""
+        settings = asdict(self)
+        path = settings.pop("law")
+        return settings | ({} if path is None else {"law": dict(zip("ab", read_law(path), strict=True))})
+
+
+def read_law(path: str) -> tuple[float, float]:
+    """a and b of a law's file. Raises UserError naming file, key and value."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    hint = "`python -m ablations.law suite=learning_rate` writes such a file."
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(Path(path).expanduser()))
+    except FileNotFoundError:
+        raise UserError(f"optim.law={path}: no such file. {hint}") from None
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"optim.law={path}: no readable YAML ({' '.join(str(error).split())[:200]}). {hint}") from error
+    found = []
+    for key in ("a", "b"):
+        value = content.get(key) if isinstance(content, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"optim.law={path}: {key}={value!r}, where a number is needed. {hint}")
+        found.append(float(value))
+    return found[0], found[1]
 
 
 @dataclass
@@ -92,11 +144,15 @@ class EngineConfig:
     """How documents are kept apart: packed (each by itself), flex (block-sparse, for GPUs), dense (a mask of S x S);
     auto: packed on a CPU, dense on a GPU."""
     kernels: str = "auto"
-    """auto: the faster of equal kernels for this processor (mm1/model/onednn.py); plain: torch's own choice."""
+    """auto: equal convolutions that are faster on a CPU (mm1/model/onednn.py); plain: torch's own choice."""
     loss_chunk: int = 0
     """Positions whose logits are in memory at once; 0: all."""
     compile: str | None = None
     """A backend of torch.compile (inductor) for the decoder's layers and the encoder; shapes must then repeat."""
+    feature_cache_gb: float = 8.0
+    """Gigabytes of <home>/cache/features, where what a frozen image encoder makes of each picture is kept for all runs
+    (mm1/features.py); 0: nothing is kept. A picture takes P x C values: 16 KB of EfficientNet-Lite0 at 96 pixels, 1.2 MB of
+    ViT-L/14 at 336 pixels in bfloat16."""
     liger: bool = False
     """liger-kernel's fused decoder layers, on GPUs."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -113,6 +169,8 @@ class EngineConfig:
             raise UserError(f"engine.attention={self.attention}: must be auto, packed, flex or dense.")
         if self.kernels not in ("auto", "plain"):
             raise UserError(f"engine.kernels={self.kernels}: must be auto or plain.")
+        if not 0 <= self.feature_cache_gb < math.inf:
+            raise UserError(f"engine.feature_cache_gb={self.feature_cache_gb}: gigabytes, or 0 to keep no features.")
         if self.loss_chunk < 0:
             raise UserError(f"engine.loss_chunk={self.loss_chunk}: positions at once, or 0 for all of them.")
         if self.micro_batch < 1 or self.workers < 0:
@@ -192,6 +250,7 @@ class TrainConfig:
         for key in ("name", "ablation", "scale", "connector_width", "high_resolution"):
             settings.pop(key)
         settings["engine"] = {"precision": self.engine.precision}
+        settings["optim"] = self.optim.identity()
         settings["data"].pop("access")
         for source in settings["data"]["sources"].values():
             source.pop("max_faults")
