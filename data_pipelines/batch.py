@@ -7,9 +7,11 @@ labels        int64 (B, S)        already shifted: labels[b, s] is the token to 
                                   tokens, and at every document's last position
 position_ids  int64 (B, S)        restart at 0 with every document
 document_ids  int64 (B, S)        1, 2, ... within a sequence; 0 = padding. Tokens attend only within their document
-images        uint8 (N, 3, H, H)
+images        uint8 (N, 3, H, H); where features of a frozen tower are kept, only those images that have none yet
 image_slots   int64 (N, 3)        row, start, length: where each image's tokens stand
 kinds         int8 (B, S)         which kind of data each token belongs to, an index into KINDS; -1 = padding
+feature_places  int64 (N,)        numpy, on the host, or None: where each image's features are kept; -1: the next of `images`
+image_keys      uint8 (N, 16)     numpy, on the host, or None: a digest of each image's encoded bytes (loader.image_key)
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from data_pipelines.config import KINDS
@@ -41,6 +44,8 @@ class PackedBatch:
     """lane -> the state it is in once its sequence of this batch has been consumed (see lanes.py): what a checkpoint keeps."""
     faults: list[Fault] = field(default_factory=list)
     """What these lanes could not read since their sequences before."""
+    feature_places: np.ndarray | None = None
+    image_keys: np.ndarray | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Move every tensor; the copy is asynchronous from pinned memory."""

@@ -3,6 +3,9 @@
     for micro_batches in PackedLoader(stream, image_size=96, world=2, rank=0, micro_batch=4):
         ...                                            # one list a step: the rank's share of the global batch, in micro-batches
 
+Where a frozen tower's features are kept, `known` says which pictures need no decoding: of these the batch carries the place of
+their features instead of pixels.
+
 A rank's micro-batches are the same whatever the number of workers: worker w of W owns every W-th of the rank's lanes, and the
 loader asks the workers in turn.
 """
@@ -11,14 +14,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import math
 import mmap
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +31,23 @@ from data_pipelines.batch import KINDS, PackedBatch
 from data_pipelines.faults import Fault
 from data_pipelines.images import SquareDecoder
 from data_pipelines.lanes import LaneSequence, LaneStream
+
+KEY_BYTES = 16
+
+
+class Known(Protocol):
+    """Pictures of which something is kept that stands for their pixels, by key (mm1/feature_store.py)."""
+
+    def refresh(self) -> None:
+        """Learn what others have added."""
+
+    def find(self, key: bytes) -> int:
+        """Where it is kept; -1 for what is not, or not whole."""
+
+
+def image_key(data: bytes) -> bytes:
+    """Of an encoded image, 16 bytes: equal bytes are equal pixels, whatever corpus or shard they lie in."""
+    return hashlib.blake2b(data, digest_size=KEY_BYTES).digest()
 
 
 class _LaneDataset(IterableDataset):
@@ -46,19 +65,23 @@ class _LaneDataset(IterableDataset):
         states: Mapping[int, Mapping[str, Any]],
         first: int,
         rings: list[Ring],
+        known: Known | None,
     ) -> None:
         self.stream, self.lanes, self.image_size, self.step, self.states = stream, lanes, image_size, step, states
-        self.first, self.rings = first, rings
+        self.first, self.rings, self.known = first, rings, known
 
-    def __iter__(self) -> Iterator[tuple[LaneSequence, int | torch.Tensor] | UserError]:
+    def __iter__(self) -> Iterator[tuple[LaneSequence, int | np.ndarray] | UserError]:
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         if worker is not None:
             die_with_parent()
             keep_freed_memory()
-        decoder = None
+        decoder: SquareDecoder | None = None
         if self.image_size is not None:
-            decoder = RingDecoder(self.rings[worker.id]) if worker else SquareDecoder(self.image_size)
+            ring = self.rings[worker.id] if worker else None
+            decoder = (
+                PictureDecoder(self.image_size, ring) if self.known is None else KeyedDecoder(self.image_size, ring, self.known)
+            )
         before: list[Fault] = []
         try:
             for item in self.stream.lanes(lanes, self.step, self.states, decoder):
@@ -67,7 +90,7 @@ class _LaneDataset(IterableDataset):
                     continue
                 item.faults[:0], before = before, []
                 pixels = _NOTHING if item.pixels is None else item.pixels
-                yield replace(item, pixels=None), as_images(pixels) if worker is None else len(pixels)
+                yield replace(item, pixels=None), pixels if worker is None else len(pixels)
         except UserError as error:  # handed over as a value: raised in a worker it would arrive wrapped in a traceback
             yield error
 
@@ -86,25 +109,55 @@ class Ring:
     does not matter, and therefore handed to workers by fork.
     """
 
-    def __init__(self, slots: int, images: int, size: int) -> None:
-        shape = (slots, images, size, size, 3)
-        self.squares = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+    def __init__(self, slots: int, images: int, picture: np.dtype) -> None:
+        memory = mmap.mmap(-1, slots * images * picture.itemsize)
+        self.squares = np.frombuffer(memory, picture.base).reshape(slots, images, *picture.shape)
 
-    def view(self, sequence: int, count: int) -> torch.Tensor:
-        """The pictures of the worker's sequence number `sequence`, uint8 (count, 3, size, size), channels last in memory."""
-        return as_images(self.squares[sequence % len(self.squares), :count])
+    def view(self, sequence: int, count: int) -> np.ndarray:
+        """The pictures of the worker's sequence number `sequence`."""
+        return self.squares[sequence % len(self.squares), :count]
 
 
-class RingDecoder(SquareDecoder):
-    """Decodes into a ring's slots."""
+class PictureDecoder(SquareDecoder):
+    """Decodes into a ring's slots, or into memory of its own without a ring."""
 
-    def __init__(self, ring: Ring) -> None:
-        super().__init__(ring.squares.shape[-2])
+    def __init__(self, size: int, ring: Ring | None) -> None:
+        super().__init__(size)
         self.ring, self.sequence = ring, -1
 
     def allocate(self, count: int) -> np.ndarray:
         self.sequence += 1
-        return self.ring.squares[self.sequence % len(self.ring.squares), :count]
+        return np.empty(count, self.picture) if self.ring is None else self.ring.view(self.sequence, count)
+
+    @property
+    def picture(self) -> np.dtype:
+        return np.dtype((np.uint8, (self.size, self.size, 3)))
+
+
+class KeyedDecoder(PictureDecoder):
+    """Pictures with their keys, as records of key (uint8, 16), place (int64) and square (uint8, size x size x 3).
+
+    What `known` has is not decoded: its place is not -1, and its square is whatever was there.
+    """
+
+    def __init__(self, size: int, ring: Ring | None, known: Known) -> None:
+        super().__init__(size, ring)
+        self.known = known
+
+    def allocate(self, count: int) -> np.ndarray:
+        self.known.refresh()
+        return super().allocate(count)
+
+    def decode(self, data: bytes, name: str, square: np.ndarray) -> None:
+        key, record = image_key(data), square
+        record["key"] = np.frombuffer(key, np.uint8)
+        record["place"] = place = self.known.find(key)
+        if place < 0:
+            super().decode(data, name, record["square"])
+
+    @property
+    def picture(self) -> np.dtype:
+        return np.dtype([("place", np.int64), ("key", np.uint8, KEY_BYTES), ("square", super().picture)])
 
 
 def as_images(squares: np.ndarray) -> torch.Tensor:
@@ -127,24 +180,30 @@ def keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def collate(items: list[tuple[LaneSequence, torch.Tensor]], stream: LaneStream) -> PackedBatch:
-    """Rows in the order of `items`."""
+def collate(items: list[tuple[LaneSequence, np.ndarray]], stream: LaneStream) -> PackedBatch:
+    """Rows in the order of `items`; with each its pictures, as squares or as KeyedDecoder's records."""
 
     def rows(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(item.sequence, name) for item, _ in items]))
 
     kinds = torch.tensor([*(KINDS.index(kind) for kind in stream.kinds), -1], dtype=torch.int8)  # source -1, padding, is the last
     slots = [[row, start, stream.image_tokens] for row, (item, _) in enumerate(items) for start in item.sequence.image_starts]
+    pictures, kept = [held for _, held in items], {}
+    if pictures[0].dtype.names:
+        kept = {"feature_places": np.concatenate([held["place"] for held in pictures])}
+        kept["image_keys"] = np.concatenate([held["key"] for held in pictures])
+        pictures = [held["square"][held["place"] < 0] for held in pictures]
     return PackedBatch(
         input_ids=rows("input_ids"),
         labels=rows("labels"),
         position_ids=rows("position_ids"),
         document_ids=rows("document_ids"),
-        images=torch.cat([images for _, images in items]),
+        images=torch.cat([as_images(squares) for squares in pictures]),
         image_slots=torch.tensor(slots, dtype=torch.int64).reshape(-1, 3),
         kinds=kinds[rows("sources").long()],
         lane_states={item.slot: item.state for item, _ in items},
         faults=[fault for item, _ in items for fault in item.faults],
+        **kept,
     )
 
 
@@ -183,11 +242,13 @@ class PackedLoader:
         step: int = 0,
         states: Mapping[int, Mapping[str, Any]] | None = None,
         first: int = 0,
+        known: Known | None = None,
     ) -> None:
         """Raises UserError if world x micro_batch does not divide the global batch.
 
         `workers` is lowered until it divides a rank's share. With image_size None no image is decoded, and only `sequences` can
-        be read; then `first` may be given: steps before it are packed, for what waits in open sequences, and left out.
+        be read; then `first` may be given: steps before it are packed, for what waits in open sequences, and left out. With
+        `known` only the micro-batches can be read, and their pictures are those that it does not know.
         """
         assert image_size is None or first <= step
         share, left = divmod(stream.global_batch, world)
@@ -208,8 +269,9 @@ class PackedLoader:
         self._rings: list[Ring] = []
         if prefetch is not None and image_size is not None:
             slots = prefetch + share // workers
-            self._rings = [Ring(slots, stream.packing.max_images, image_size) for _ in range(workers)]
-        dataset = _LaneDataset(stream, lanes, image_size, step, states or {}, first, self._rings)
+            decoder = PictureDecoder(image_size, None) if known is None else KeyedDecoder(image_size, None, known)
+            self._rings = [Ring(slots, stream.packing.max_images, decoder.picture) for _ in range(workers)]
+        dataset = _LaneDataset(stream, lanes, image_size, step, states or {}, first, self._rings, known)
         self._loader = DataLoader(
             dataset,
             batch_size=None,
@@ -218,6 +280,7 @@ class PackedLoader:
             prefetch_factor=prefetch,
             pin_memory=False,
             persistent_workers=False,
+            collate_fn=_unchanged,
         )
 
     def sequences(self) -> Iterator[tuple[LaneSequence, torch.Tensor]]:
@@ -225,24 +288,33 @@ class PackedLoader:
 
         The images stay as they are until the next step's sequences are asked for.
         """
+        for sequence, pictures in self._sequences():
+            yield sequence, as_images(pictures)
+
+    def _sequences(self) -> Iterator[tuple[LaneSequence, np.ndarray]]:
         with naming_dead_workers():
             for number, item in enumerate(self._loader):
                 if isinstance(item, UserError):
                     raise item
-                sequence, images = item
+                sequence, pictures = item
                 if self.workers:
                     turn, worker = divmod(number, self.workers)
-                    images = self._rings[worker].view(turn, images) if self._rings else as_images(_NOTHING)
-                yield sequence, images
+                    pictures = self._rings[worker].view(turn, pictures) if self._rings else _NOTHING
+                yield sequence, pictures
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
-        items: list[tuple[LaneSequence, torch.Tensor]] = []
-        for item in self.sequences():
+        items: list[tuple[LaneSequence, np.ndarray]] = []
+        for item in self._sequences():
             items.append(item)
             if len(items) == self.per_step:
                 starts = range(0, self.per_step, self.micro_batch)
                 yield [collate(items[i : i + self.micro_batch], self.stream) for i in starts]
                 items = []
+
+
+def _unchanged(item: Any) -> Any:
+    """torch's own choice would make tensors of arrays, and cannot of records."""
+    return item
 
 
 def digest(item: LaneSequence) -> str:

@@ -6,7 +6,9 @@
     encoder, connector                                      their own flops_per_image()
     training    3 x forward (one for the forward, two for the backward pass), 1 x for a frozen encoder
 
-Only useful work counts: padding is in no term, recomputation neither.
+Only useful work counts: padding is in no term, recomputation neither. A run's FLOPs do not depend on what other runs have left
+behind: a frozen encoder's pass counts for every image, also where its features are read from disk (mm1/features.py). Utilisation
+is what the processor does: there it counts for the images that are encoded.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class StepFlops:
         self.per_token = 2 * parameters_without_embeddings(model.decoder)
         self.per_pair = 4 * text.num_hidden_layers * text.num_attention_heads * head_dim
         self.per_label = 2 * text.hidden_size * text.vocab_size
-        encoder = (3 if encoder_trains else 1) * model.image_encoder.flops_per_image()
+        self.encoder_forward = model.image_encoder.flops_per_image()
+        """Of one image: what a frozen encoder's kept features save."""
+        encoder = (3 if encoder_trains else 1) * self.encoder_forward
         self.per_image = encoder + 3 * model.connector.flops_per_image()
 
     def __call__(self, batch: PackedBatch) -> int:
@@ -50,7 +54,7 @@ class StepFlops:
         positions = batch.position_ids[real]
         pairs = int((positions + 1).sum())  # position p of a document sees p + 1 keys
         text = self.per_token * int(real.sum()) + self.per_pair * pairs + self.per_label * batch.loss_tokens
-        return 3 * text + self.per_image * len(batch.images)
+        return 3 * text + self.per_image * len(batch.image_slots)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from mm1.model.multimodal import MultimodalLM
 
 
-def peak_learning_rate(decoder_parameters: int) -> float:
-    """MM1's law; `decoder_parameters` counts no embeddings. 9M: 6.7e-4, 1.2B: 8.6e-5."""
-    return math.exp(-0.4214 * math.log(decoder_parameters) - 0.5535)
+MM1_LAW = (-0.4214, -0.5535)
+
+
+def peak_learning_rate(decoder_parameters: int, law: tuple[float, float] = MM1_LAW) -> float:
+    """exp(a ln N + b), by default MM1's; `decoder_parameters` counts no embeddings. 9M: 6.7e-4, 1.2B: 8.6e-5."""
+    return math.exp(law[0] * math.log(decoder_parameters) + law[1])
 
 
 def learning_rate(step: int, peak: float, total_steps: int, settings: OptimConfig) -> float:

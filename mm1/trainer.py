@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,10 +29,11 @@ from data_pipelines.lanes import LaneStream, totals
 from data_pipelines.loader import PackedLoader, naming_dead_workers
 from mm1.config import TrainConfig
 from mm1.engine import Engine, Workers
+from mm1.features import FrozenEncoder, kept, shared_out
 from mm1.flops import StepFlops, peak_flops
 from mm1.model.decoder import parameters_without_embeddings
 from mm1.model.multimodal import MultimodalLM
-from mm1.optim import learning_rate, parameter_groups, peak_learning_rate
+from mm1.optim import learning_rate, parameter_groups
 from mm1.run import Run, config_differences
 from mm1.speed import on_device, prepare
 
@@ -53,7 +55,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, run: Run, workers: Workers, model: MultimodalLM, stream: LaneStream) -> None:
         self.config, self.run, self.workers, self.model, self.stream = config, run, workers, model, stream
         self.flops = StepFlops(model, config.image_encoder.train == "full")
-        self.peak_lr = config.optim.peak_lr or peak_learning_rate(parameters_without_embeddings(model.decoder))
+        self.peak_lr = config.optim.peak(parameters_without_embeddings(model.decoder))
         groups = parameter_groups(model, config)
         self.parameters = count_parameters(model)
         prepare(model, config.engine, workers.device)
@@ -67,6 +69,9 @@ class Trainer:
         self.faults: list[Fault] = []
         """Found by this process since they were last reported."""
         self.seen = {"tokens": 0, "loss_tokens": 0, "images": 0, "flops": 0, "seconds": 0.0}
+        self.frozen = config.image_encoder.train == "frozen"
+        if self.frozen:
+            self.seen |= {"features_read": 0, "features_computed": 0}
 
     def fit(self) -> dict[str, float]:
         """Run to the last step. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
@@ -81,6 +86,7 @@ class Trainer:
             workers=self.config.engine.workers,
             step=self.step,
             states=self.lanes,
+            known=self.encoder.store if self.encoder else None,
         )
         if self.workers.main and loader.workers != self.config.engine.workers:
             asked = f"engine.workers={self.config.engine.workers}"
@@ -120,14 +126,32 @@ class Trainer:
             log.close()
         return dict(self.seen)
 
+    @cached_property
+    def encoder(self) -> FrozenEncoder | None:
+        """Of a frozen image encoder, once its weights are in place; None for one that trains, or that ZeRO-3 shares out."""
+        if not self.frozen:
+            return None
+        if shared_out(self.config.engine):
+            if self.workers.main:
+                print("  ZeRO-3 shares out the frozen image encoder's weights: it runs for every picture, no features are kept")
+            return None
+        encoder = FrozenEncoder(self.model.image_encoder, self.config.engine, self.workers.device, keep=kept(self.config))
+        if (store := encoder.store) and self.workers.main:
+            size = store.bytes / 1e3
+            print(f"  features of the frozen image encoder: {len(store):,} pictures in {store.folder}, {size:.0f} KB each")
+            self.run.update(feature_store=str(store.folder))
+        return encoder
+
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.peak_lr, self.config.train.steps, self.config.optim)
 
     def _train_step(self, micro_batches: list[PackedBatch], stopping: bool) -> dict[str, Any]:
         """One optimiser step; returns sums over all processes."""
         self.model.train()
+        if self.frozen:
+            self.model.image_encoder.eval()  # no dropout, where nothing learns from it
         tokens = sum(int((b.document_ids > 0).sum()) for b in micro_batches)
-        images = sum(len(b.images) for b in micro_batches)
+        images = sum(len(b.image_slots) for b in micro_batches)
         flops = sum(self.flops(b) for b in micro_batches)
         labelled = sum(b.loss_tokens for b in micro_batches)
         # The wish to stop travels with the counts: all processes act on it at the same step.
@@ -136,12 +160,15 @@ class Trainer:
         by_kind = torch.zeros(2, len(KINDS), dtype=torch.float64)
         z_loss = self.config.optim.z_loss
         losses = []
+        before = (self.encoder.hits, self.encoder.misses) if self.encoder else (0, 0)
         for micro_batch, batch in zip(micro_batches, on_device(micro_batches, self.workers.device), strict=True):
             self.lanes |= micro_batch.lane_states
             self.faults += micro_batch.faults
+            frozen = self.encoder and self.encoder(batch.images, micro_batch.feature_places, micro_batch.image_keys)
             output = self.engine(
                 input_ids=batch.input_ids,
-                images=batch.images,
+                images=batch.images if frozen is None else None,
+                image_patches=frozen,
                 image_slots=batch.image_slots,
                 document_ids=batch.document_ids,
                 position_ids=batch.position_ids,
@@ -157,11 +184,17 @@ class Trainer:
             kinds = batch.kinds[batch.labels != IGNORE].long()
             by_kind[0].index_add_(0, kinds, own.cpu())
             by_kind[1].index_add_(0, kinds, torch.ones(len(kinds), dtype=torch.float64))
-        sums = self.workers.sum(by_kind.flatten().tolist())
+        if self.encoder and (full := self.encoder.keep()) and self.workers.main:
+            tqdm.write(f"Further features of the frozen image encoder are not kept: {full}.")
+        after = (self.encoder.hits, self.encoder.misses) if self.encoder else (0, 0)
+        *sums, read, computed = self.workers.sum([*by_kind.flatten().tolist(), after[0] - before[0], after[1] - before[1]])
         self.seen["tokens"] += int(tokens)
         self.seen["loss_tokens"] += int(labelled)
         self.seen["images"] += int(images)
         self.seen["flops"] += int(flops)
+        if self.frozen:
+            self.seen["features_read"] += int(read)
+            self.seen["features_computed"] += int(computed)
         slots = self.config.train.global_batch * self.config.packing.seq_len
         return {
             "loss_sums": sums[: len(KINDS)],
@@ -169,6 +202,8 @@ class Trainer:
             "tokens": tokens,
             "images": images,
             "flops": flops,
+            "executed_flops": flops - int(read) * self.flops.encoder_forward,
+            "features_read": int(read),
             "padding": 1 - tokens / slots,
             "grad_norm": self.engine.grad_norm,
             "stop": stops > 0,
@@ -217,7 +252,7 @@ class Trainer:
                 f"{found[-1]} is a checkpoint of other data. What differs: {'; '.join(differences)}. Bring back "
                 "what it was trained on, or give this run another name=..."
             )
-        self.step, self.seen = state["step"], state["seen"]
+        self.step, self.seen = state["step"], self.seen | state["seen"]
         self.lanes = {int(lane): value for lane, value in json.loads(state["lanes"]).items()}
         torch.set_rng_state(state["rng"])
         if self.workers.main:
@@ -252,7 +287,7 @@ def run_counters(seen: dict[str, Any]) -> dict[str, Any]:
         "images_seen": seen["images"],
         "flops": seen["flops"],
         "seconds": round(seen["seconds"], 1),
-    }
+    } | {key: seen[key] for key in ("features_read", "features_computed") if key in seen}
 
 
 class Window:
@@ -280,8 +315,10 @@ class Window:
         row["padding"] = sum(part["padding"] for part in self.parts) / len(self.parts)
         row["loader_wait"] = self.waited / self.seconds
         row["seconds"] = self.seconds
+        if any(part["features_read"] for part in self.parts):
+            row["features_read"] = sum(part["features_read"] for part in self.parts) / sum(part["images"] for part in self.parts)
         if peak:
-            row["mfu"] = sum(part["flops"] for part in self.parts) / self.seconds / (peak * world)
+            row["mfu"] = sum(part["executed_flops"] for part in self.parts) / self.seconds / (peak * world)
         return row
 
 

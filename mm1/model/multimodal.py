@@ -149,6 +149,10 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         frozen = not any(p.requires_grad for p in self.image_encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             patches = self.image_encoder(images)
+        return self.connect(patches)
+
+    def connect(self, patches: torch.Tensor) -> torch.Tensor:
+        """The image encoder's patches (N, P, C) -> image tokens (N, M, D) in the decoder's dtype."""
         return self.connector(patches).to(self.get_input_embeddings().weight.dtype)
 
     def embed(
@@ -182,6 +186,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         images: torch.Tensor | None = None,
         image_slots: torch.Tensor | None = None,
+        image_patches: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -193,7 +198,8 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MultimodalOutput:
-        """Shapes as in data_pipelines/batch.py. `image_features` (N, M, D) replaces `images` where they are already encoded.
+        """Shapes as in data_pipelines/batch.py. Where images are already encoded, `image_features` (N, M, D), the connector's, or
+        `image_patches` (N, P, C), the image encoder's, replace `images`.
 
         `document_ids` (B, S) restricts attention to within documents; `attention_mask` (B, S) marks padding, for generation.
         `labels` are already shifted (labels[b, s] is what position s must predict); with them, logits are (T, V) over the T
@@ -202,7 +208,12 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         unused = None
         if inputs_embeds is None:
             assert input_ids is not None
-            if image_features is None and images is not None and len(images):
+            if image_features is None and image_patches is not None:
+                if len(image_patches):
+                    image_features = self.connect(image_patches)
+                elif self.training:  # as below, but for the tower
+                    unused = self.connect(image_patches.new_zeros(1, *image_patches.shape[1:])).sum() * 0
+            elif image_features is None and images is not None and len(images):
                 image_features = self.encode_images(images)
             elif image_features is None and self.training:
                 # No image in this micro-batch: the tower still runs, on a blank picture of no effect, because under ZeRO-3 (and
@@ -263,7 +274,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         first = kwargs.get("is_first_iteration", False)
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc, arg-type]
         if not first:
-            for name in ("images", "image_slots", "image_features"):
+            for name in ("images", "image_slots", "image_patches", "image_features"):
                 inputs.pop(name, None)
         return inputs
 
