@@ -11,15 +11,15 @@ more than report_figures.MANY variants are folded up.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ablations import report_tables as tables
+from ablations.record import SuiteFolder, suites_folder
 from ablations.render import duration, si
-from ablations.report_curves import Training, held_out, law_figures, loss_figures, training_of
+from ablations.report_curves import FEW_POINTS, POINTS, Training, held_out, law_figures, loss_figures, training_of
 from ablations.report_figures import MANY, Layout, cost, scores
 from ablations.report_forest import forest, main_effects
 from ablations.report_page import Section, page, tabs
@@ -35,7 +35,8 @@ LISTED = 12
 
 def write_report(suite: SuiteTable, path: Path) -> Path:
     """Write the page to `path` and return it. Raises UserError where a run's record, losses or answers are damaged."""
-    trainings = [training_of(row) for row in suite.rows]
+    points = POINTS if len(suite.rows) <= MANY else FEW_POINTS
+    trainings = [training_of(row, points) for row in suite.rows]
     text = page(f"Suite {suite.name}, scale {suite.scale}", _head(suite, path), _sections(suite, trainings))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
@@ -85,22 +86,26 @@ def _missing(missing: Sequence[str]) -> str:
 
 
 def _commands(suite: SuiteTable, path: Path) -> list[str]:
-    """The command that the suite was started with, from its plan where the report lies beside it; and the report's own."""
-    from ablations.planning import suite_folder
+    """How to get these results and this report again: the arguments of the suite's plan, where its folder is found."""
+    named = [f"suite={suite.name}", f"scale={suite.scale}"]
+    found = _plan(suite, path)
+    if found is None:
+        return [f"python -m ablations.{command} {shlex.join(named)}" for command in ("run", "table")]
+    place, arguments = found
+    if place.name != f"{suite.name}-{suite.scale}":
+        named.append(f"folder={place.name if place.parent == suites_folder() else place}")
+    return [f"python -m ablations.run {shlex.join(arguments)}", f"python -m ablations.table {shlex.join(named)}"]
 
-    given = [f"suite={suite.name}", f"scale={suite.scale}"]
-    for place in (path.parent, suite_folder(suite.name, suite.scale).folder):
-        plan = place / "plan.json"
-        if plan.is_file():
-            held = json.loads(plan.read_text(encoding="utf-8"))
-            if held.get("suite", {}).get("name") == suite.name and held.get("scale") == suite.scale:
-                given = [str(argument) for argument in held.get("arguments") or given]
-                break
-    where = [argument for argument in given if argument.startswith(("suite=", "scale=", "folder="))]
-    return [
-        "python -m ablations.run " + " ".join(map(shlex.quote, given)),
-        "python -m ablations.table " + " ".join(map(shlex.quote, where)),
-    ]
+
+def _plan(suite: SuiteTable, path: Path) -> tuple[Path, list[str]] | None:
+    """The suite's folder and the arguments it was started with: above the page, or under its plain name; known by its cells."""
+    hashes = {cell.hash for row in suite.rows for cell in row.cells}
+    for place in (path.parent, path.parent.parent, suites_folder() / f"{suite.name}-{suite.scale}"):
+        if (place / "plan.json").is_file():
+            plan = SuiteFolder(place).plan()
+            if hashes <= {cell["hash"] for cell in plan["cells"]}:
+                return place.resolve(), [str(argument) for argument in plan["arguments"]]
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -151,7 +156,7 @@ def _cost(suite: SuiteTable) -> str:
                 f"outlined: {safe(suite.baseline)}. Scores have the errors of the table."
             )
             closed = f"Show {len(table.resources)} variants" if len(table.resources) > MANY else ""
-            parts.append(f"<h3>{name}</h3>" + figure(caption, panels, closed=closed))
+            parts.append(f"<h3>{name}</h3>" + figure(caption, panels, closed=closed, kind=key))
     return "".join(parts) or '<p class="note">No run has counted its FLOPs or its time.</p>'
 
 

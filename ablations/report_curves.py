@@ -1,6 +1,6 @@
 """The figures of training: loss curves, held-out loss, and the learning-rate law.
 
-    metrics.jsonl of every seed -> at most POINTS means of neighbouring steps -> smoothed (plots.smooth)
+    metrics.jsonl of every seed -> at most 100 means of neighbouring steps -> smoothed (plots.smooth)
     run.json's validation       -> held-out loss, a mark a seed
 
 A variant has a panel of its own: its seeds thin, their mean bold, the baseline's mean in grey for comparison. All panels of a
@@ -37,8 +37,8 @@ from ablations.suite_table import SuiteRow
 from data_pipelines.page import safe
 from mm1.run import Run as TrainingRun
 
-POINTS = 100
-"""Of a curve at most; a panel is 200 pixels wide."""
+POINTS, FEW_POINTS = 100, 40
+"""Of a curve at most, of few and of many variants; a panel is 200 pixels wide."""
 
 Curve = tuple[np.ndarray, np.ndarray]
 
@@ -67,8 +67,8 @@ class Training:
         return steps, np.mean([losses[np.searchsorted(own, steps)] for own, losses in found], axis=0)
 
 
-def training_of(row: SuiteRow) -> Training:
-    """Reads metrics.jsonl and run.json of every run of the row. Raises UserError for a damaged one."""
+def training_of(row: SuiteRow, points: int = POINTS) -> Training:
+    """From metrics.jsonl and run.json of every run of the row, curves of at most `points` points. Raises UserError for damage."""
     made = Training(row.label)
     for run in row.runs:
         info = TrainingRun(run.folder).info
@@ -80,9 +80,9 @@ def training_of(row: SuiteRow) -> Training:
             made.unlogged.append(run.label)
             continue
         for kind in LOSSES:
-            points = [(line["step"], line[kind]) for line in lines if kind in line]
-            if len(points) > 1:
-                made.curves.setdefault(kind, []).append(thinned([p[0] for p in points], [p[1] for p in points]))
+            logged = [(line["step"], line[kind]) for line in lines if kind in line]
+            if len(logged) > 1:
+                made.curves.setdefault(kind, []).append(thinned([p[0] for p in logged], [p[1] for p in logged], points))
     return made
 
 
@@ -124,7 +124,7 @@ def loss_figures(trainings: Sequence[Training], layout: Layout) -> str:
     legend = [(name, colour(i), 1.0) for i, name in enumerate(names)] if axis else []
     by = f", coloured by {safe(axis)}" if axis else ""
     first = f"Training loss in nats a token by kind of data, means over seeds{by}; {safe(trainings[0].label)} drawn bold."
-    every = figure(first, overview, legend, closed=folded)
+    every = figure(first, overview, legend, closed=folded, kind="losses")
     return every + _own_panels(trainings, kinds[0], kind_of, folded)
 
 
@@ -148,11 +148,11 @@ def _own_panels(trainings: Sequence[Training], kind: str, kind_of: Callable[[str
         panels.append(panel)
     caption = (
         f"Training loss ({LOSSES[kind]}), a panel a variant: seeds thin, their mean bold, {safe(trainings[0].label)} in grey. "
-        f"Curves are local straight-line fits over a tenth of the run, at most {POINTS} points each."
+        "Curves are local straight-line fits over a tenth of the run."
     )
     missing = [name for t in trainings for name in t.unlogged]
     gone = f'<p class="note">Without a logged loss: {safe(", ".join(missing))}.</p>' if missing else ""
-    return figure(caption, panels, closed=folded) + gone
+    return figure(caption, panels, closed=folded, kind="own-losses") + gone
 
 
 def _points(panel: Panel, curve: Curve, x: Place, y: Place) -> list[tuple[float, float]]:
@@ -198,7 +198,8 @@ def held_out(trainings: Sequence[Training]) -> str:
     diverged = [f"{t.label}, seed {s}" for t in trainings for s, v in t.held_out.items() if not math.isfinite(v)]
     caption = "Held-out loss in nats a token, mean over kinds of data: small marks are seeds, the large one their mean."
     caption += f" Diverged: {safe(', '.join(diverged))}." if diverged else ""
-    return figure(caption, [panel], closed=f"Show the held-out losses of {len(found)} variants" if len(found) > MANY else "")
+    folded = f"Show the held-out losses of {len(found)} variants" if len(found) > MANY else ""
+    return figure(caption, [panel], closed=folded, kind="held-out")
 
 
 # ------------------------------------------------------------------------------------------------------------------ law
@@ -219,13 +220,13 @@ def law_figures(grid: LawGrid) -> str:
         law = grid.law
         a, b = (f" [{i[0]:.3f}, {i[1]:.3f}]" if i else "" for i in (law.a_interval, law.b_interval))
         caption = (
-            f"Left: held-out loss by peak rate (± one standard error over seeds), and the optimum of the parabola through the "
-            f"best rate and its neighbours (ring). Right: log(η) = a log(N) + b with a = {law.a:.3f}{a}, b = {law.b:.3f}{b}; "
-            f"dashed: MM1's a = {MM1[0]}, b = {MM1[1]}. N: decoder parameters without embeddings."
+            "Held-out loss by peak rate, ± one standard error over seeds; ring: the optimum of the parabola through the best one "
+            f"and its neighbours. The best rates by size with their line: log(η) = a log(N) + b with a = {law.a:.3f}{a}, "
+            f"b = {law.b:.3f}{b}; dashed: MM1's a = {MM1[0]}, b = {MM1[1]}. N: decoder parameters without embeddings."
         )
     else:
         caption = f"Held-out loss by peak rate. No line is fitted: {safe(grid.reason or 'no reason is given')}"
-    return figure(caption, panels, [(size, colour(i), 1.0) for i, size in enumerate(grid.sizes)])
+    return figure(caption, panels, [(size, colour(i), 1.0) for i, size in enumerate(grid.sizes)], kind="law")
 
 
 def _is_number(text: str) -> bool:

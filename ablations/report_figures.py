@@ -88,10 +88,8 @@ def half_width(cell: Cell) -> float:
 
 def said(row: Row, shots: int) -> str:
     """What a mark tells under the pointer."""
-    cell = row.cells[shots]
-    text = f"{row.label}, {shots}-shot: {cell.score.mean:.1f} ± {cell.score.se:.1f}"
-    d = cell.difference
-    return text if d is None or math.isnan(d.se) else f"{text}; Δ {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+    score = row.cells[shots].score
+    return f"{row.label}, {shots}-shot: {score.mean:.1f}" + ("" if math.isnan(score.se) else f" ± {score.se:.1f}")
 
 
 def scores(block: Block, layout: Layout) -> str:
@@ -102,8 +100,10 @@ def scores(block: Block, layout: Layout) -> str:
     control = " Notches: the score with images shuffled or left out." if any(row.control for row in block.rows) else ""
     if axis := layout.ordered:
         caption = f"Score in points over {safe(axis)}, with 95 % intervals.{chance}"
-        return figure(caption, *_lines(block, rows, layout, axis), closed=closed)
-    return figure(f"Score in points with 95 % intervals.{chance}{control}", *_bars(block, rows, layout), closed=closed)
+        return figure(caption, *_lines(block, rows, layout, axis), closed=closed, kind="lines")
+    return figure(
+        f"Score in points with 95 % intervals.{chance}{control}", *_bars(block, rows, layout), closed=closed, kind="bars"
+    )
 
 
 Drawn = tuple[list[Panel], list[tuple[str, str, float]]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ablations.cells import Block
 from ablations.effects import Effects
-from ablations.report_figures import MANY, said
+from ablations.report_figures import MANY
 from ablations.report_svg import Panel, figure, label_margin, linear, padded, shortened, ticks
 from ablations.statistics import Difference
 from data_pipelines.page import safe
@@ -31,7 +31,7 @@ def forest(block: Block, shots: Sequence[int]) -> str:
     panels = []
     for k in shots:
         lines = [
-            Line(row.label + ("" if row.matched else " ≠"), d, row.cells[k].significant, said(row, k))
+            Line(row.label + ("" if row.matched else " ≠"), d, row.cells[k].significant, f"{row.label}, {k}-shot: {_interval(d)}")
             for row in rows
             if (d := row.cells[k].difference) is not None
         ]
@@ -43,7 +43,7 @@ def forest(block: Block, shots: Sequence[int]) -> str:
         "Holm. Grey band: true differences as small as these are found less than 8 times in 10, before Holm."
     )
     closed = f"Show the differences of {len(rows) - 1} variants" if len(rows) > MANY else ""
-    return figure(caption, _forest(panels), closed=closed)
+    return figure(caption, _forest(panels), closed=closed, kind="forest")
 
 
 def main_effects(effects: Effects, axes: Mapping[str, Sequence[str]], shots: Sequence[int]) -> str:
@@ -69,7 +69,7 @@ def main_effects(effects: Effects, axes: Mapping[str, Sequence[str]], shots: Seq
         "Main effects on the mean over tasks, in points with 95 % intervals: the paired difference to the baseline's variant, "
         "averaged over all settings of the other axes. Filled: p &lt; 0.05 after Holm over all of them."
     )
-    return figure(caption, _forest(panels)) if panels else ""
+    return figure(caption, _forest(panels), kind="effects") if panels else ""
 
 
 def _interval(d: Difference) -> str:

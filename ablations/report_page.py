@@ -198,7 +198,8 @@ article td { overflow-wrap: anywhere; min-width: 110px; }
 .right span { color: var(--good); } .partly span { color: var(--some); } .wrong span { color: var(--bad); }
 @media (max-width: 720px) {
   main { padding: 16px 10px 60px; } section { padding: 14px 12px; border-radius: 10px; } h1 { font-size: 21px; }
-  tbody th { max-width: 46vw; white-space: normal; overflow-wrap: anywhere; }
+  tbody th { min-width: 92px; max-width: 46vw; white-space: normal; overflow-wrap: break-word; }
+  .panels { gap: 12px; } .panels > .small { width: calc(50% - 6px); }
   .facts { grid-template-columns: repeat(2, 1fr); gap: 8px 16px; } }
 @media print {
   body { background: #fff; font-size: 11px; } main { max-width: none; padding: 0; } nav, .find, .segment { display: none; }

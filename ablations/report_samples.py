@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablations.plots import evaluated_tasks, verdict
+from ablations.report_svg import label_html
 from ablations.results import Evaluation
 from ablations.selection import Selection
 from configs.errors import UserError
@@ -127,7 +128,7 @@ def _card(item: Item, kind: str, shots: Sequence[int]) -> str:
     lines = []
     for label, said in item.said.items():
         answers = "".join(_answer(said.get(k), item.references, kind) for k in shots)
-        lines.append(f'<tr><th scope="row">{safe(label)}</th>{answers}</tr>')
+        lines.append(f'<tr><th scope="row">{label_html(label)}</th>{answers}</tr>')
     return (
         f'<article>{picture}<div><p class="id">{safe(item.id)}</p>{question}<p class="truth">{truth}</p></div>'
         f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

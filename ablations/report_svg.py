@@ -16,6 +16,8 @@ CHARACTER = 6.1
 """Pixels of an average character at the panels' 11 pixel type."""
 COLOUR_COUNT = 7
 WIDEST_LABEL = 170
+SMALL = 220
+"""Pixels up to which two panels stand side by side on a narrow screen."""
 FITS = 460
 """Pixels up to which a panel is scaled to a narrower screen; wider ones scroll."""
 
@@ -43,7 +45,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def brief(value: float) -> str:
     """A tick's label: 0.0004 -> '4e-4', 12.50 -> '12.5', 3200000 -> '3.2M'."""
-    if value and not 1e-3 <= abs(value) < 1e12:
+    if value and not 0.01 <= abs(value) < 1e12:
         mantissa, _, power = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(power)}"
     for limit, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -73,7 +75,10 @@ def padded(values: Iterable[float], share: float = 0.06) -> tuple[float, float]:
 
 
 def padded_log(values: Iterable[float], share: float = 0.08) -> tuple[float, float]:
-    low, high = padded((math.log(v) for v in values if v > 0 and math.isfinite(v)), share)
+    held = [math.log(v) for v in values if v > 0 and math.isfinite(v)]
+    low, high = padded(held, share)
+    if held and max(held) - min(held) < 0.05:
+        low, high = min(held) - 0.1, max(held) + 0.1
     return math.exp(low), math.exp(high)
 
 
@@ -188,19 +193,30 @@ def shade(number: int, count: int) -> float:
     return 1.0 if count < 2 else 0.34 + 0.66 * number / (count - 1)
 
 
-def figure(caption: str, panels: Sequence[Panel], legend: Sequence[tuple[str, str, float]] = (), *, closed: str = "") -> str:
+def figure(
+    caption: str, panels: Sequence[Panel], legend: Sequence[tuple[str, str, float]] = (), *, closed: str = "", kind: str = ""
+) -> str:
     """Panels that wrap, a legend of (text, colour class, opacity), and what they show. `closed`: under this summary, opened by
-    the reader."""
+    the reader; `kind`: the figure's class."""
     keys = "".join(
         f'<span class="key"><svg width="12" height="12" aria-hidden="true"><rect width="12" height="12" rx="2" '
         f'class="fill {classes}"{_attributes(_shade(opacity))}/></svg>{safe(text)}</span>'
         for text, classes, opacity in legend
     )
-    drawn = f'<div class="panels">{"".join(f"<div>{panel.svg()}</div>" for panel in panels)}</div>'
+    drawn = f'<div class="panels">{"".join(_boxed(panel) for panel in panels)}</div>'
     if closed:
         drawn = f"<details><summary>{safe(closed)}</summary>{drawn}</details>"
     keys = f'<div class="legend">{keys}</div>' if keys else ""
-    return f"<figure>{keys}{drawn}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure{_class(kind)}>{keys}{drawn}<figcaption>{caption}</figcaption></figure>"
+
+
+def _boxed(panel: Panel) -> str:
+    return f"<div{' class=small' if panel.width <= SMALL else ''}>{panel.svg()}</div>"
+
+
+def label_html(label: str) -> str:
+    """Escaped, with places to break it: after full stops."""
+    return safe(label).replace(".", ".<wbr>")
 
 
 def _number(value: float | str) -> str:

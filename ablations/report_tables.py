@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ablations.cells import Block, Cell, Resources, Row
 from ablations.render import duration, si
 from ablations.report_curves import Training
+from ablations.report_svg import label_html
 from ablations.suite_extras import Textcore, TextcoreCell
 from ablations.suite_table import SuiteRow, SuiteTable
 from data_pipelines.page import safe
@@ -64,7 +65,7 @@ def number(text: str, value: float | None, classes: str = "") -> str:
 def _name(row: Row, own: SuiteRow | None, suite: SuiteTable) -> str:
     if row.control:
         return f'<th scope="row">↳ images {safe(row.control)}</th>'
-    label = safe(row.label)
+    label = label_html(row.label)
     if own is not None and row.label != suite.baseline:
         label = f'<a href="#cell-{_anchor(suite, row.label)}">{label}</a>'
     reason = _unmatched(suite, row.label, own)
@@ -112,7 +113,7 @@ def textcore(held: Textcore, order: Sequence[str]) -> str:
     for label in order:
         if label not in held.cells:
             continue
-        cells = [f'<th scope="row">{safe(label)}</th>']
+        cells = [f'<th scope="row">{label_html(label)}</th>']
         for k in held.shots:
             cells += _textcore(held.cells[label].get(k))
         bodies.append(f"<tr>{''.join(cells)}</tr>")
@@ -142,7 +143,7 @@ def resources(suite: SuiteTable, trainings: Mapping[str, Training]) -> str:
         losses = list(trainings[r.label].held_out.values()) if r.label in trainings else []
         loss = sum(losses) / len(losses) if losses else None
         cells = [
-            f'<th scope="row">{safe(r.label)}{" ≠" if r.mismatches else ""}</th>',
+            f'<th scope="row">{label_html(r.label)}{" ≠" if r.mismatches else ""}</th>',
             number(si(r.parameters.get("trainable", 0)), r.parameters.get("trainable")),
             _planned(r.tokens, planned.get("tokens"), si),
             _planned(r.images, planned.get("images"), si),
