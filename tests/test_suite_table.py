@@ -494,7 +494,7 @@ def test_latex_escapes_what_it_would_take_for_its_own() -> None:
 
 def check_latex(text: str) -> list[list[str]]:
     """The tables' lines; fails where braces, environments or columns do not agree."""
-    bare = re.sub(r"(?m)^%.*$|%$", "", text)
+    bare = re.sub(r"(?m)^%.*$|%$", "", text.replace(r"Table~\ref", ""))
     bare = re.sub(r"\\[\\{}%&#_$]", lambda m: "" if m[0] != r"\\" else " NEWROW ", bare)
     assert not re.search(r"[~^%#_]", re.sub(r"\$[^$]*\$", "", bare)), "an unescaped special sign"
     assert bare.count("{") == bare.count("}")
