@@ -46,12 +46,11 @@ Curve = tuple[np.ndarray, np.ndarray]
 @dataclass
 class Training:
     """One variant's training. `curves`: kind of loss -> a smoothed curve (steps, nats a token) a seed; `held_out`: seed -> mean
-    held-out loss; `kinds`: of it, seed -> kind -> loss; `unlogged`: runs without a curve."""
+    held-out loss; `unlogged`: runs without a curve. Losses that are not finite are left out of curves."""
 
     label: str
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
-    kinds: dict[int, dict[str, float]] = field(default_factory=dict)
     unlogged: list[str] = field(default_factory=list)
 
     def mean(self, kind: str) -> Curve | None:
@@ -72,15 +71,13 @@ def training_of(row: SuiteRow, points: int = POINTS) -> Training:
     made = Training(row.label)
     for run in row.runs:
         info = TrainingRun(run.folder).info
-        validation = {k: float(v) for k, v in (info.get("validation") or {}).items() if k.startswith("loss_")}
-        if validation:
-            made.held_out[run.seed], made.kinds[run.seed] = held_out_loss(info), validation
+        if info.get("validation"):
+            made.held_out[run.seed] = held_out_loss(info)
         lines = run.metrics() if (run.folder / "metrics.jsonl").is_file() else []
         if len(lines) < 2:
             made.unlogged.append(run.label)
-            continue
         for kind in LOSSES:
-            logged = [(line["step"], line[kind]) for line in lines if kind in line]
+            logged = [(line["step"], line[kind]) for line in lines if kind in line and math.isfinite(line[kind])]
             if len(logged) > 1:
                 made.curves.setdefault(kind, []).append(thinned([p[0] for p in logged], [p[1] for p in logged], points))
     return made
@@ -114,9 +111,10 @@ def loss_figures(trainings: Sequence[Training], layout: Layout) -> str:
     for kind in kinds:
         drawn = [(t, mean) for t in trainings if (mean := t.mean(kind)) is not None]
         panel = Panel(LOSSES[kind], width=270, height=215, bottom=40)
-        x, y = _scales(panel, [mean for _, mean in drawn])
-        panel.y_axis(ticks(*_span([mean for _, mean in drawn])), y)
-        panel.x_axis(ticks(0, max(float(m[0][-1]) for _, m in drawn), 4), x, "step")
+        extent = extent_of([mean for _, mean in drawn])
+        x, y = extent.places(panel)
+        panel.y_axis(ticks(extent.low, extent.high), y)
+        panel.x_axis(ticks(0, extent.last, 4), x, "step")
         for t, curve in reversed(drawn):  # the baseline last, on top
             classes = f"mean {colour(kind_of(t.label))}" + (" first" if t is trainings[0] else "")
             panel.path(_points(panel, curve, x, y), classes, t.label)
@@ -129,26 +127,27 @@ def loss_figures(trainings: Sequence[Training], layout: Layout) -> str:
 
 
 def _own_panels(trainings: Sequence[Training], kind: str, kind_of: Callable[[str], int], folded: str) -> str:
-    held = [c for t in trainings for c in t.curves.get(kind, [])]
+    extent = extent_of([curve for t in trainings for curve in t.curves.get(kind, [])])
     reference = trainings[0].mean(kind)
     panels = []
     for t in trainings:
         if kind not in t.curves:
             continue
         panel = Panel(shortened(t.label), width=212, height=156, left=32, bottom=24)
-        x, y = _scales(panel, held)
-        panel.y_axis(ticks(*_span(held), 4), y)
-        panel.x_axis(ticks(0, max(float(c[0][-1]) for c in held), 3), x)
+        x, y = extent.places(panel)
+        panel.y_axis(ticks(extent.low, extent.high, 4), y)
+        panel.x_axis(ticks(0, extent.last, 3), x)
         if reference is not None and t is not trainings[0]:
             panel.path(_points(panel, reference, x, y), "reference")
         for curve in t.curves[kind]:
-            panel.path(_points(panel, curve, x, y), f"seed {colour(kind_of(t.label))}")
+            width = "seed" if len(t.curves[kind]) > 1 else "mean"
+            panel.path(_points(panel, curve, x, y), f"{width} {colour(kind_of(t.label))}")
         if (mean := t.mean(kind)) is not None and len(t.curves[kind]) > 1:
             panel.path(_points(panel, mean, x, y), f"mean {colour(kind_of(t.label))}")
         panels.append(panel)
     caption = (
         f"Training loss ({LOSSES[kind]}), a panel a variant: seeds thin, their mean bold, {safe(trainings[0].label)} in grey. "
-        "Curves are local straight-line fits over a tenth of the run."
+        "Curves are local straight-line fits over a tenth of the run; what lies above a panel runs along its upper edge."
     )
     missing = [name for t in trainings for name in t.unlogged]
     gone = f'<p class="note">Without a logged loss: {safe(", ".join(missing))}.</p>' if missing else ""
@@ -162,17 +161,25 @@ def _points(panel: Panel, curve: Curve, x: Place, y: Place) -> list[tuple[float,
     return [(across, max(panel.y1, height)) for across, height in points[first:]]
 
 
-def _scales(panel: Panel, curves: Sequence[Curve]) -> tuple[Place, Place]:
-    low, high = _span(curves)
-    last = max(float(steps[-1]) for steps, _ in curves)
-    return linear(0, last, panel.x0, panel.x1), linear(low, high, panel.y0, panel.y1)
+@dataclass(frozen=True)
+class Extent:
+    """What panels of one kind show: steps up to `last`, losses from `low` to `high`."""
+
+    last: float
+    low: float
+    high: float
+
+    def places(self, panel: Panel) -> tuple[Place, Place]:
+        return linear(0, self.last, panel.x0, panel.x1), linear(self.low, self.high, panel.y0, panel.y1)
 
 
-def _span(curves: Sequence[Curve]) -> tuple[float, float]:
-    """From the lowest loss to the highest after the first tenth of a run: the fall from chance would flatten all the rest."""
+def extent_of(curves: Sequence[Curve]) -> Extent:
+    """From the lowest loss to the highest after the first tenth of a run: the fall from chance would flatten all the rest, and so
+    would one run that diverged, so nothing counts beyond 2.5 times what the middle one of the curves spans."""
     low = min(float(losses.min()) for _, losses in curves)
-    high = max(float(losses[min(len(losses) - 1, len(losses) // 10) :].max()) for _, losses in curves)
-    return padded([low, max(high, low + 0.1)], 0.04)
+    tops = [float(losses[min(len(losses) - 1, len(losses) // 10) :].max()) for _, losses in curves]
+    high = min(max(tops), low + 2.5 * (float(np.median(tops)) - low))
+    return Extent(max(float(steps[-1]) for steps, _ in curves), *padded([low, max(high, low + 0.1)], 0.04))
 
 
 def held_out(trainings: Sequence[Training]) -> str:

@@ -150,11 +150,15 @@ def resources(suite: SuiteTable, trainings: Mapping[str, Training]) -> str:
             number(f"{r.steps:.0f}", r.steps),
             _planned(r.flops, planned.get("flops"), lambda v: f"{v:.2e}"),
             _planned(r.seconds, planned.get("seconds"), duration),
-            number("" if loss is None else f"{loss:.3f}", loss),
+            _loss(loss),
             number(", ".join(map(str, r.seeds)), len(r.seeds)),
         ]
         bodies.append(f"<tr>{''.join(cells)}</tr>")
     return sortable(heads, bodies)
+
+
+def _loss(value: float | None) -> str:
+    return number("" if value is None else f"{value:.3f}" if math.isfinite(value) else "diverged", value)
 
 
 def _planned(value: float, plan: float | None, say: Callable[[float], str]) -> str:
@@ -210,7 +214,7 @@ def _runs(row: SuiteRow, training: Training | None) -> str:
                 + _planned(run.images_seen, cell.cost.get("images"), si)
                 + _planned(run.flops, cell.cost.get("flops"), lambda v: f"{v:.2e}")
                 + _planned(run.seconds, cell.cost.get("seconds"), duration)
-                + number("" if loss is None else f"{loss:.3f}", loss)
+                + _loss(loss)
             )
             + "</tr>"
         )

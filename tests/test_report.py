@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 from ablations import report_samples
 from ablations.law import Optimum, best_rate, fit
 from ablations.report import write_report
-from ablations.report_curves import thinned, training_of
+from ablations.report_curves import extent_of, thinned, training_of
 from ablations.report_figures import in_order, pareto
 from ablations.report_svg import log_ticks, ticks
 from ablations.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
@@ -249,6 +250,26 @@ def test_curves_are_thinned_without_a_shift(suite: SuiteTable) -> None:
     assert mean is not None
     assert mean[1] == pytest.approx(np.mean([own for _, own in training.curves["loss_text"]], axis=0))
     assert list(training.held_out) == [0, 1]
+
+
+def test_a_run_that_diverged_flattens_no_other_and_is_named(tmp_path: Path) -> None:
+    found = suite_of(tmp_path, connector(seeds=1))
+    folder = found.rows[2].runs[0].folder
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[30:] = [line | {"loss": math.nan, "loss_text": 1e6} for line in lines[30:]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = json.loads((folder / "run.json").read_text())
+    record["validation"]["loss_text"] = math.nan
+    (folder / "run.json").write_text(json.dumps(record))
+    trainings = [training_of(row) for row in found.rows]
+    for kind in ("loss", "loss_text"):
+        extent = extent_of([curve for training in trainings for curve in training.curves[kind]])
+        usual = extent_of(trainings[0].curves[kind])
+        assert extent.high - extent.low < 3.5 * (usual.high - usual.low)
+    written = write_report(found, tmp_path / "report.html")
+    assert f"Diverged: {found.rows[2].label}, seed 0." in text_of(written)
+    assert not re.search(r"[^a-z]nan[^a-z]", written.read_text())
+    assert written.read_text().count(">diverged<") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- browser
