@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from configs.errors import UserError
 from mm1.attention.segments import Prefix, Segment
 from mm1.attention.sparq import SparqSettings
+from mm1.attention.sparq_step import Step
 
 STEP = 64
 """Slots are allocated in multiples of this."""
@@ -67,6 +68,7 @@ class SparqLayer(CacheLayerMixin):
         self.settings, self.prefix, self._planned, self._room = settings, prefix, rows, capacity
         self.latest = Latest()
         self.questions: list[int] | None = None
+        self.step: Step | None = None
         self.keys_t = None
         self.length = 0
         self.settled = 0
@@ -126,14 +128,18 @@ class SparqLayer(CacheLayerMixin):
         if end > self.capacity:
             room = max(self._room, 2 * self.capacity, end if self.capacity else end + 2 * STEP)
             self._resize(-(-room // STEP) * STEP)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        if self.keys_t is not None:
-            self.keys_t[..., self.length : end] = key_states.transpose(-1, -2)
+        step = Step.of(self, key_states, value_states) if end == self.length + 1 else None
+        if step is not None:
+            step.append(key_states, value_states, self.length)
+        else:
+            self.keys[:, :, self.length : end] = key_states
+            self.values[:, :, self.length : end] = value_states
+            if self.keys_t is not None:
+                self.keys_t[..., self.length : end] = key_states.transpose(-1, -2)
         self.length, self._busy = end, True
-        keys: Any = self.keys[:, :, :end]
+        keys: Any = self.keys.narrow(2, 0, end)
         keys.sparq_layer = self
-        return keys, self.values[:, :, :end]
+        return keys, self.values.narrow(2, 0, end)
 
     def settle(self, valid: Tensor | None) -> None:
         """Take the new slots into the mean. valid bool (B, length): None says all of the new are."""
@@ -152,6 +158,22 @@ class SparqLayer(CacheLayerMixin):
                 self.keys_t[..., fresh].masked_fill_(~new[:, None, None], 0)
         self.total += self.values[:, :, fresh].sum(2, dtype=torch.float64)
         self.settled = self.length
+
+    def attend_step(self, query: Tensor, extents: Any, mask: Tensor | None, scale: float) -> Tensor | None:
+        """`settle` and the attention of one new token, query (B, Hq, 1, d) -> (B, 1, Hq, d), in one call where there is a Step;
+        None where there is none, or a prefix. extents: a function that makes register.py's Extents of the mask."""
+        step = self.step
+        if step is None or self.prefix is not None or self.settled != self.length - 1 or not step.fits(self):
+            return None
+        if query.dtype != self.dtype or query.stride(3) != 1 or (query.requires_grad and torch.is_grad_enabled()):
+            return None
+        seen = None
+        if mask is not None:
+            rows = extents()
+            seen = rows.start.select(1, 0), rows.stop.select(1, 0), mask[:, 0, 0, self.length - 1].expand(len(query))
+        output = step.attend(query, self.length, seen, scale)
+        self.settled = self.length
+        return output
 
     def attended(self) -> None:
         """The attention over what `update` appended is done; an `offload` asked for in between happens now."""
@@ -218,7 +240,7 @@ class SparqLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Empty, without a prefix."""
-        self.keys = self.keys_t = self.values = self.prefix = None
+        self.keys = self.keys_t = self.values = self.prefix = self.step = None
         self.length = self.settled = self._lent = 0
         self.is_initialized = self._busy = self._offload_after = False
 

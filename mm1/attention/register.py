@@ -154,17 +154,26 @@ def _attend(
     scale = d**-0.5 if scaling is None else scaling
     prefix, settings = layer.prefix, layer.settings
     shared = 0 if prefix is None else prefix.length
+
+    def extents_of(last: int) -> Extents:
+        looked = None if mask is None else mask[:, :, n - last :]
+        found: Extents = layer.latest.get(
+            (mask, batch, n, last, layer.length, prefix, query.device),
+            lambda: Extents.of(looked, batch, last, layer.length, prefix, query.device),
+        )
+        return found
+
+    if n == 1:
+        output = layer.attend_step(query, lambda: extents_of(1), mask, scale)
+        if output is not None:
+            return output
     layer.settle(None if mask is None else mask[:, 0, -1, shared:])
     sparse = _sparse_tokens(layer, batch, n)
     last = max(sparse)
     if last == 0 and prefix is None and n > 1:
         return _dense(module, layer, query, key, value, mask, scale)
 
-    looked = None if mask is None else mask[:, :, n - max(last, 1) :]
-    extents: Extents = layer.latest.get(
-        (mask, batch, n, last, layer.length, prefix, query.device),
-        lambda: Extents.of(looked, batch, max(last, 1), layer.length, prefix, query.device),
-    )
+    extents = extents_of(max(last, 1))
     before = 0 if prefix is None else prefix.count
     lengths = [[end - first + before for first, end in row] for row in extents.host]
     if settings is None or last == 0 or max(map(max, lengths)) <= settings.dense_up_to:

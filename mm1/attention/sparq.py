@@ -36,8 +36,6 @@ from mm1.attention.segments import Segment, dense_shared
 from mm1.attention.settings import GROUPS as GROUPS
 from mm1.attention.settings import SparqSettings
 
-TORCH_BELOW = 64
-"""Tokens below which torch's dense attention over one row is the fastest on a CPU."""
 _BACKENDS = {"cpu": "mm1.attention.sparq_cpu", "cuda": "mm1.attention.sparq_triton"}
 
 
@@ -237,19 +235,19 @@ def dense_decode(
 
     The query heads of a group become the query rows of one attention over their key-value head: on a CPU that reads the cache
     four times as fast as scaled_dot_product_attention's enable_gqa. Rows of one extent go together, without a mask. extents:
-    start and stop on the host where they are known there, so that a GPU need not be waited for. On a CPU, rows of TORCH_BELOW
-    tokens or more are read by sparq_cpu.cpp where that can be built.
+    start and stop on the host where they are known there, so that a GPU need not be waited for. On a CPU it is sparq_cpu.cpp
+    that attends, where that can be built.
     """
+    backend = backend_for(q, "dense_decode") if q.device.type == "cpu" else None
+    if backend is not None:
+        return backend(q, keys, values, start, stop, scale=scale)
     extents = extents or list(zip(start.tolist(), stop.tolist(), strict=True))
-    longest = max(end - first for first, end in extents)
-    backend = backend_for(q, "dense_decode") if q.device.type == "cpu" and longest >= TORCH_BELOW else None
-    if backend is None and len(set(extents)) == 1:
+    if len(set(extents)) == 1:
         return _dense_rows(q, keys, values, *extents[0], scale)
-    output = torch.empty_like(q) if backend is None else backend(q, keys, values, start, stop, scale=scale, extents=extents)
-    for row, (first, end) in enumerate(extents):
-        if backend is None or end - first < TORCH_BELOW:  # each row as it would be by itself
-            one = slice(row, row + 1)
-            output[one] = _dense_rows(q[one], keys[one], values[one], first, end, scale)
+    output = torch.empty_like(q)
+    for row, (first, end) in enumerate(extents):  # each row as it would be by itself
+        one = slice(row, row + 1)
+        output[one] = _dense_rows(q[one], keys[one], values[one], first, end, scale)
     return output
 
 

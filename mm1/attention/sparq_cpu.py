@@ -1,19 +1,23 @@
 """One decoding step of SparQ attention on the CPU, in float32 and bfloat16: sparq.py's method at the speed of the memory.
 
-sparq_cpu.cpp is compiled for this machine's CPU at first use (about three seconds) and kept in <home>/cache/build. It shares
+sparq_cpu.cpp is compiled for this machine's CPU at first use (about five seconds) and kept in <home>/cache/build. It shares
 torch's OpenMP threads and obeys torch.set_num_threads; the number of threads changes no bit. Where it cannot be built, sparq.py
 runs in PyTorch and says so.
 
 Rows of at most max(k, dense_below - 1) valid tokens are attended to by sparq.dense_decode, to the bit. This module's own
-`dense_decode` is the part of the kernel that attends to chosen tokens, given all of them.
+`dense_decode` is the part of the kernel that attends to chosen tokens, given all of them. `sparq_shared` reads a prefix where it
+lies, however many rows share it. sparq_step.py is a cache's whole step for one new token.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import struct
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +27,23 @@ from mm1.attention import sparq
 from mm1.attention.sparq import Segment, SparqSettings, sparq_torch
 
 SOURCE = Path(__file__).with_name("sparq_cpu.cpp")
+PARTS = sorted(SOURCE.parent.glob("sparq_cpu_*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 DENSE_BELOW = {torch.float32: 640, torch.bfloat16: 896}
 """Valid tokens from which on a step is faster than dense, measured: docs/sparq.md."""
 DTYPES = tuple(DENSE_BELOW)
-_JOB = struct.Struct("8P 9q 13q 3q d")
-"""sparq_cpu.cpp's Job."""
+ALL = 2**62
+"""As `dense_up_to`: every row is attended to whole."""
 
 
 def supports(q: Tensor) -> bool:
     """Whether `sparq_decode` takes queries of this dtype and device; it records no gradient."""
     return q.device.type == "cpu" and q.dtype in DTYPES and not (q.requires_grad and torch.is_grad_enabled())
+
+
+def dense_up_to(settings: SparqSettings, dtype: torch.dtype) -> int:
+    """The largest number of valid tokens that is attended to densely here."""
+    return settings.dense_up_to if settings.dense_below is not None else max(settings.k, DENSE_BELOW[dtype] - 1)
 
 
 def sparq_decode(
@@ -52,38 +62,67 @@ def sparq_decode(
 
     Keys, values and keys_t may be views whose last dimension is dense; on any other layout PyTorch decodes.
     """
-    dense_up_to = max(settings.k, (DENSE_BELOW[q.dtype] if settings.dense_below is None else settings.dense_below) - 1)
-    extents = list(zip(start.tolist(), stop.tolist(), strict=True))
-    dense = [row for row, (first, end) in enumerate(extents) if end - first <= dense_up_to]
-    if len(dense) == len(extents):
-        return sparq.dense_decode(q, keys, values, start, stop, scale=scale, extents=extents)
-    layers = (keys, keys_t, values)
-    if any(layer.stride(3) != 1 or layer.dtype != q.dtype for layer in layers):
+    most = dense_up_to(settings, q.dtype)
+    if not _readable(q, keys, keys_t, values):
+        settings = replace(settings, dense_below=most + 1)
         return sparq_torch(q, [Segment(keys, keys_t, values, start, stop)], value_mean, settings, scale=scale)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    output = load()(q, keys, keys_t, values, start, stop, value_mean, settings, dense_up_to, factor)
-    for row in dense:
-        one = slice(row, row + 1)
-        rows = (tensor[one] for tensor in (q, keys, values, start, stop))
-        output[one] = sparq.dense_decode(*rows, scale=scale, extents=extents[one])
-    return output
+    return load()(q, keys, keys_t, values, start, stop, value_mean, settings, most, scale)
 
 
-def dense_decode(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start: Tensor,
-    stop: Tensor,
-    *,
-    scale: float | None = None,
-    extents: list[tuple[int, int]] | None = None,
+def sparq_shared(
+    q: Tensor, prefix: Segment, suffix: Segment, value_mean: Tensor, settings: SparqSettings, *, scale: float | None = None
 ) -> Tensor:
-    """As sparq.dense_decode, for what `supports` takes; torch is faster on fewer than about 64 tokens."""
-    layers = (keys, values)
-    if any(layer.stride(3) != 1 or layer.dtype != q.dtype for layer in layers):
-        keys, values = (layer.to(q.dtype).contiguous() for layer in layers)
-    return load()(q, keys, None, values, start, stop, None, None, 0, q.shape[-1] ** -0.5 if scale is None else scale)
+    """As sparq.sparq_shared, for what `supports` takes; `sparq_decode`'s notes hold. Rows that are short are dense_shared's."""
+    most = dense_up_to(settings, q.dtype)
+    settings = replace(settings, dense_below=most + 1)
+    first, end = int(prefix.start[0]), int(prefix.stop[0])
+    seen_whole = bool((prefix.start == first).all() and (prefix.stop == end).all()) and first < end
+    readable = all(s.keys_t is not None and _readable(q, s.keys, s.keys_t, s.values) for s in (prefix, suffix))
+    dense = (suffix.stop - suffix.start).clamp(min=0) + (end - first) <= most
+    if not (seen_whole and readable) or bool(dense.all()):
+        return sparq_torch(q, [prefix, suffix], value_mean, settings, scale=scale)
+    own = (suffix.keys, suffix.keys_t, suffix.values, suffix.start, suffix.stop)
+    output = load()(q, *own, value_mean, settings, most, scale, (prefix, first, end))
+    if not bool(dense.any()):
+        return output
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.where(dense[:, None, None], sparq._dense(q, [prefix, suffix], factor), output)
+
+
+def dense_decode(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, stop: Tensor, *, scale: float | None = None) -> Tensor:
+    """As sparq.dense_decode, for what `supports` takes."""
+    if not _readable(q, keys, values):
+        keys, values = (layer.to(q.dtype).contiguous() for layer in (keys, values))
+    return load()(q, keys, None, values, start, stop, None, None, ALL, scale)
+
+
+def _readable(q: Tensor, *layers: Tensor) -> bool:
+    return all(layer.dtype == q.dtype and (layer.stride(3) == 1 or layer.shape[3] == 1) for layer in layers)
+
+
+_POINTERS = "q keys keys_t values mean out start stop prefix_keys prefix_keys_t prefix_values"
+_NUMBERS = """length prefix rows kv_heads group d r k local reallocate rank_logits q_row q_head keys_row keys_head keys_slot
+    keys_t_row keys_t_head keys_t_channel values_row values_head values_slot mean_row mean_head prefix_keys_head prefix_keys_slot
+    prefix_keys_t_head prefix_keys_t_channel prefix_values_head prefix_values_slot threads dense_up_to"""
+
+
+def fields(pointers: str, numbers: str) -> list[tuple[str, Any]]:
+    """Of a ctypes.Structure: pointers, then int64."""
+    return [(name, ctypes.c_void_p) for name in pointers.split()] + [(name, ctypes.c_int64) for name in numbers.split()]
+
+
+class Job(ctypes.Structure):
+    """sparq_cpu_unit.h's, for whom changes a few fields from call to call; _JOB packs all of them in a third of the time."""
+
+    _fields_ = (*fields(_POINTERS, _NUMBERS), ("scale", ctypes.c_double))
+
+
+_JOB = struct.Struct(f"{len(_POINTERS.split())}P {len(_NUMBERS.split())}q d")
+
+
+def method(settings: SparqSettings, d: int) -> tuple[int, int, int, bool, bool]:
+    """A Job's r, k, local, reallocate, rank_logits."""
+    return min(settings.r, d), settings.k, settings.window, settings.reallocate, settings.group == "logits"
 
 
 class Kernel:
@@ -91,9 +130,10 @@ class Kernel:
 
     def __init__(self, library: Path) -> None:
         code = ctypes.CDLL(str(library))
-        self._decode = {torch.float32: code.sparq_decode_float32, torch.bfloat16: code.sparq_decode_bfloat16}
-        for function in self._decode.values():
-            function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+        self.decode, self.append, self.step = (
+            {dtype: getattr(code, f"sparq_{name}_{str(dtype).removeprefix('torch.')}") for dtype in DTYPES}
+            for name in ("decode", "append", "step")
+        )
 
     def __call__(
         self,
@@ -106,11 +146,12 @@ class Kernel:
         mean: Tensor | None,
         settings: SparqSettings | None,
         dense_up_to: int,
-        scale: float,
+        scale: float | None,
+        shared: tuple[Segment, int, int] | None = None,
     ) -> Tensor:
-        """Decodes the rows of more than dense_up_to >= k valid tokens; the others' output is left as it comes.
+        """Decodes rows of more than dense_up_to >= k valid tokens sparsely, and the others densely: all of them without settings.
 
-        Without keys_t, mean and settings all rows are attended to densely.
+        shared: a prefix and which of its slots the rows see, one or more; rows to be dense are then left as they come.
         """
         batch, heads, d = q.shape
         kv_heads = keys.shape[1]
@@ -118,20 +159,33 @@ class Kernel:
             q = q.contiguous()
         start, stop = start.contiguous(), stop.contiguous()
         if keys_t is None or mean is None or settings is None:
-            keys_t, mean, method = keys, values, (0, 0, 0, False, False)
+            keys_t, mean, how = keys, values, (0, 0, 0, False, False)
         else:
-            s = settings
-            method = (min(s.r, d), s.k, s.window, s.reallocate, s.group == "logits")
+            how = method(settings, d)
             if mean.stride(2) != 1 or mean.dtype != torch.float32:
                 mean = mean.float().contiguous()
         output = torch.empty((batch, heads, d), dtype=q.dtype)
-        pointers = (t.data_ptr() for t in (q, keys, keys_t, values, mean, output, start, stop))
-        strides = (*q.stride()[:2], *keys.stride()[:3], *keys_t.stride()[:3], *values.stride()[:3], *mean.stride()[:2])
-        shape = (batch, kv_heads, heads // kv_heads, d)
-        job = _JOB.pack(*pointers, *shape, *method, *strides, torch.get_num_threads(), dense_up_to, settings is None, scale)
-        if self._decode[q.dtype](job):
-            raise RuntimeError(f"no memory for attention over {keys.shape[2]} tokens")
+        count, places, strides = 0, (0, 0, 0), (0, 0, 0, 0, 0, 0)
+        if shared is not None:
+            prefix, first, end = shared
+            assert prefix.keys_t is not None
+            k, t, v = prefix.keys[:, :, first:end], prefix.keys_t[..., first:end], prefix.values[:, :, first:end]
+            count, places = end - first, (k.data_ptr(), t.data_ptr(), v.data_ptr())
+            strides = (k.stride(1), k.stride(2), t.stride(1), t.stride(2), v.stride(1), v.stride(2))
+        job = _JOB.pack(
+            *[t.data_ptr() for t in (q, keys, keys_t, values, mean, output, start, stop)],
+            *(*places, 0, count, batch, kv_heads, heads // kv_heads, d, *how),
+            *(*q.stride()[:2], *keys.stride()[:3], *keys_t.stride()[:3], *values.stride()[:3], *mean.stride()[:2], *strides),
+            *(torch.get_num_threads(), dense_up_to, d**-0.5 if scale is None else scale),
+        )
+        check(self.decode[q.dtype](job), keys)
         return output
+
+
+def check(failed: int, keys: Tensor) -> None:
+    """Raises RuntimeError for what sparq_cpu.cpp returns when it has no memory."""
+    if failed:
+        raise RuntimeError(f"no memory for attention over {keys.shape[2]} tokens")
 
 
 _LOCK = threading.Lock()
@@ -143,7 +197,7 @@ def load() -> Kernel:
     if not _loaded:
         with _LOCK:
             if not _loaded:
-                _loaded.append(native.load(SOURCE, FLAGS, Kernel))
+                _loaded.append(native.load(SOURCE, _flags(), Kernel))
     return _loaded[0]
 
 
@@ -158,4 +212,10 @@ def available() -> bool:
 
 def build(folder: Path, *flags: str) -> Path:
     """native.build of sparq_cpu.cpp."""
-    return native.build(SOURCE, folder, [*FLAGS, *flags])
+    return native.build(SOURCE, folder, [*_flags(), *flags])
+
+
+def _flags() -> tuple[str, ...]:
+    """With what the source includes, so that a change there is a change of what is to be built."""
+    parts = hashlib.sha256(b"".join(part.read_bytes() for part in PARTS)).hexdigest()
+    return (*FLAGS, f"-DPARTS=0x{parts[:8]}")
