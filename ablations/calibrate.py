@@ -2,8 +2,9 @@
 
 Measured on the corpus's own batches, with as many processes at once and threads each as the runner will use, for two processes
 share memory bandwidth and caches. Seconds a FLOP of a cell are kept under <home>/cache/steps by what decides them: the
-architecture, the mixture, threads, processes, and the machine. What these steps leave out (start, validation, checkpoints) is
-OVERHEAD.
+architecture, the mixture, threads, processes, and the machine. A frozen tower whose features are kept is timed twice, with and
+without it and its pictures' decoding: its first cell in a plan pays for it, cells after it do not. What these steps leave out
+(start, validation, checkpoints) is OVERHEAD.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ablations.cost import Cache, corpus_folder, fingerprint
+from ablations.cost import Cache, corpus_folder, cost_of, encoded_images, fingerprint
 from configs.errors import UserError
 from mm1.config import TrainConfig
 
@@ -34,6 +35,8 @@ LARGEST = 400_000_000
 
 def describe(config: TrainConfig, threads: int, processes: int) -> dict[str, Any]:
     """What decides the seconds of a step."""
+    from mm1.features import kept
+
     settings = config.identity()
     for key in ("optim", "seed"):
         settings.pop(key)
@@ -46,7 +49,7 @@ def describe(config: TrainConfig, threads: int, processes: int) -> dict[str, Any
         "threads": threads,
         "processes": processes,
         "machine": machine(),
-    }
+    } | ({"features": True} if kept(config) else {})
 
 
 @cache
@@ -80,8 +83,24 @@ def seconds_per_flop(
         print(f"Timing {STEPS} steps of {len(wanted)} kinds of cell, {processes} at once, {threads} threads each.", flush=True)
         for (key, _), result in zip(wanted.values(), _measure([o for _, o in wanted.values()], threads, processes), strict=True):
             known.put(key, result)
-    found = [known.find(key) for key in keys]
-    return [None if result is None else float(result["seconds_per_flop"]) for result in found]
+    paid: set[str] = set()
+    rates: list[float | None] = []
+    for key, config in zip(keys, configs, strict=True):
+        timed = known.find(key)
+        rates.append(None if timed is None else _rate(config, timed, paid))
+    return rates
+
+
+def _rate(config: TrainConfig, timed: Mapping[str, float], paid: set[str]) -> float:
+    """Seconds a FLOP of a cell; `paid`: the frozen towers whose features the cells before it leave, this one's added."""
+    cold, warm = float(timed["seconds_per_flop"]), timed.get("warm_seconds_per_flop")
+    images = cost_of(config).images
+    if warm is None or not images:
+        return cold
+    tower = json.dumps([config.image_encoder.settings(), config.engine.precision, fingerprint(config)], sort_keys=True)
+    share = encoded_images(config, first=tower not in paid) / images
+    paid.add(tower)
+    return warm + (cold - warm) * share
 
 
 def _measure(cells: Sequence[Sequence[str]], threads: int, processes: int) -> list[dict[str, float]]:
@@ -100,21 +119,28 @@ def _measure(cells: Sequence[Sequence[str]], threads: int, processes: int) -> li
                 last = "\n".join(errors.splitlines()[-5:])
                 raise UserError(f"The calibration failed; leave it out with calibrate=false. Its last words:\n{last}")
         lists = [[json.loads(line) for line in text.splitlines() if line.startswith("{")] for text, _ in outputs]
-    return [
-        {key: sum(results[i][key] for results in lists) / len(lists) for key in ("seconds_per_flop", "seconds_per_step")}
-        for i in range(len(cells))
-    ]
+    return [{key: sum(results[i][key] for results in lists) / len(lists) for key in lists[0][i]} for i in range(len(cells))]
+
+
+class _AllKnown:
+    """Stands for a store that has every picture (data_pipelines.loader.Known)."""
+
+    def refresh(self) -> None:
+        pass
+
+    def find(self, key: bytes) -> int:
+        return 0
 
 
 def time_steps(config: TrainConfig, threads: int) -> dict[str, float]:
-    """Seconds of a training step, forward to optimiser, with the loader's work, and per FLOP."""
+    """Seconds of a training step, forward to optimiser, with the loader's work, and per FLOP; of a frozen tower whose features
+    are kept also with all of them there (warm_seconds_per_flop)."""
     import torch
 
-    from data_pipelines.loader import PackedLoader
     from mm1.engine import choose_device
-    from mm1.flops import StepFlops
+    from mm1.features import kept
     from mm1.optim import parameter_groups
-    from mm1.train import build, lane_stream
+    from mm1.train import build
 
     torch.set_num_threads(threads)
     folder = corpus_folder(config)
@@ -125,10 +151,28 @@ def time_steps(config: TrainConfig, threads: int) -> dict[str, float]:
     model.to(device=device)  # type: ignore[call-arg]  # transformers types it as a class method
     model.train()
     optimiser = torch.optim.AdamW(groups, lr=1e-4, fused=True)
-    flops = StepFlops(model, config.image_encoder.train == "full")
+    seconds, done = _timed(config, model, tokenizer, optimiser, folder, device, warm=False)
+    result = {"seconds_per_flop": seconds / done, "seconds_per_step": seconds / STEPS}
+    if kept(config):
+        seconds, done = _timed(config, model, tokenizer, optimiser, folder, device, warm=True)
+        result["warm_seconds_per_flop"] = seconds / done
+    return result
+
+
+def _timed(
+    config: TrainConfig, model: Any, tokenizer: Any, optimiser: Any, folder: Path, device: Any, *, warm: bool
+) -> tuple[float, float]:
+    """Seconds and FLOPs of STEPS steps; `warm`: with patches that are there already."""
+    import torch
+
+    from data_pipelines.loader import PackedLoader
+    from mm1.flops import StepFlops
+    from mm1.train import lane_stream
+
+    flops, encoder = StepFlops(model, config.image_encoder.train == "full"), model.image_encoder
     loader = PackedLoader(
         lane_stream(config, folder, tokenizer), image_size=config.image_encoder.image_size,
-        micro_batch=config.engine.micro_batch, workers=0,
+        micro_batch=config.engine.micro_batch, workers=0, known=_AllKnown() if warm else None,
     )  # fmt: skip
     done, began = 0, 0.0
     precision = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -138,10 +182,13 @@ def time_steps(config: TrainConfig, threads: int) -> dict[str, float]:
         for batch in batches:
             done += flops(batch) if number else 0
             sent = batch.to(device)
+            images: dict[str, Any] = {"images": sent.images}
+            if warm:
+                images = {"image_patches": torch.zeros(len(batch.image_slots), encoder.num_patches, encoder.width, device=device)}
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 output = model(
-                    input_ids=sent.input_ids, images=sent.images, image_slots=sent.image_slots, document_ids=sent.document_ids,
-                    position_ids=sent.position_ids, labels=sent.labels,
+                    input_ids=sent.input_ids, image_slots=sent.image_slots, document_ids=sent.document_ids,
+                    position_ids=sent.position_ids, labels=sent.labels, **images,
                 )  # fmt: skip
             output.token_losses.sum().backward()
         optimiser.step()
@@ -150,8 +197,7 @@ def time_steps(config: TrainConfig, threads: int) -> dict[str, float]:
             torch.cuda.synchronize()
         if number == STEPS:
             break
-    seconds = time.perf_counter() - began
-    return {"seconds_per_flop": seconds / done, "seconds_per_step": seconds / STEPS}
+    return time.perf_counter() - began, done
 
 
 def main(arguments: Sequence[str]) -> None:

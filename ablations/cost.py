@@ -7,6 +7,11 @@
 Where the corpus is not on this machine, sequences are assumed: a caption is an image and 24 tokens of text, an interleaved
 document has 326 tokens of text an image (OBELICS: 115B tokens, 353M images), every sequence is full. The plan says so.
 
+FLOPs are those of the method: a frozen tower's pass counts for every image, so that matching by FLOPs and a run's own count
+(mm1/flops.py) do not depend on what is on the disk. What is executed is less where its features are kept (mm1/features.py):
+`encoded_images` says how often the tower runs, in the first cell of a tower and in those that find its features;
+`Cost.executed_flops` is the first one's, and calibrate.py's times go by it.
+
 Memory is an estimate: weights, gradients and Adam's two moments, and what autograd keeps of one micro-batch (counted on the meta
 device for the tower and the connector; 34 values a token, layer and channel for the decoder: Korthikanti et al. 2022, equation 2,
 without the attention matrices).
@@ -90,10 +95,16 @@ class Cost:
     memory: float
     assumed: bool
     """The corpus is not here: what a sequence holds is assumed."""
+    saved_flops: float = 0.0
+    """Of a frozen tower over images whose features it has left before, in this very run; contained in forward_flops."""
 
     @property
     def flops(self) -> float:
         return self.forward_flops + self.backward_flops
+
+    @property
+    def executed_flops(self) -> float:
+        return self.flops - self.saved_flops
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -329,7 +340,29 @@ def cost_of(config: TrainConfig, processes: int = 1) -> Cost:
         backward_flops=steps * backward,
         memory=_memory(config, parts, parts.parameters - frozen, step, processes),
         assumed=assumed,
+        saved_flops=parts.encoder_flops * (steps * step.images - encoded_images(config, first=True)),
     )
+
+
+def encoded_images(config: TrainConfig, *, first: bool) -> float:
+    """Images that a run's image encoder computes: all of them, but for a frozen one whose features are kept.
+
+    Then `first`, the first run of this encoder, computes each picture of the corpus once and later ones none, as far as
+    engine.feature_cache_gb holds them; for pictures beyond it is computed each time.
+    """
+    from mm1.features import kept
+
+    step, _ = step_contents(config)
+    images = config.train.steps * step.images
+    if not kept(config) or not images:
+        return images
+    folder = corpus_folder(config)
+    drawn = [(name, source.split) for name, source in config.data.sources.items() if source.ratio]
+    pictures = sum(manifest(folder).split(*source).images for source in drawn) if folder else images
+    encoder = _encoder(json.dumps(config.image_encoder.settings() | {"weights": None}, sort_keys=True))
+    size = encoder.num_patches * encoder.width * (2 if config.engine.precision == "bf16" else 4)
+    fitting = min(1.0, config.engine.feature_cache_gb * 1e9 / (size * max(pictures, 1)))
+    return images * (1 - fitting) + (min(images, pictures) * fitting if first else 0)
 
 
 def _memory(config: TrainConfig, parts: Parts, trained: int, step: Contents, processes: int) -> float:

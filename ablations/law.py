@@ -174,7 +174,7 @@ def _main(config: LawConfig) -> None:
     folder=NAME_OR_PATH              of the suite, where it was started with settings of its own
     output=FILE                      where the law goes; null: <home>/suites/SUITE-SCALE/law.yaml
 
-    The rate for a decoder of N parameters is exp(a ln N + b): python -m mm1.train optim.peak_lr=...
+    The rate for a decoder of N parameters is exp(a ln N + b): python -m mm1.train optim.law=FILE
     """
     from ablations.planning import suite_cells, suite_folder
     from ablations.suite import load_suite
@@ -191,7 +191,7 @@ def _main(config: LawConfig) -> None:
         as_yaml(law, f"Fitted to {len(cells)} runs of suite {suite.name} at scale {config.scale_name}"), encoding="utf-8"
     )
     print(report(law))
-    print(f"\nWritten: {path}")
+    print(f"\nWritten: {path}\nTrain by it: python -m mm1.train optim.law={path}")
 
 
 def main() -> None:

@@ -131,12 +131,13 @@ class FeatureStore:
                 # a killed writer's half of an entry
                 if os.fstat(self._index).st_size != len(self) * ENTRY.size:
                     os.ftruncate(self._index, len(self) * ENTRY.size)
-                room = self._room()
+                room, limit = self._room()
                 for key, content in zip(keys, contents, strict=True):
                     if self.find(key) >= 0:
                         continue
                     place = self._places.get(key, len(self))
                     if place == len(self) and room < self.bytes + ENTRY.size:
+                        self.full = limit
                         break
                     self._write(key, content.tobytes(), place)
                     room -= self.bytes + ENTRY.size
@@ -155,17 +156,13 @@ class FeatureStore:
         else:
             self._sums[place] = features
 
-    def _room(self) -> int:
-        """Bytes that may still be written: under the bound, and beside what must stay free on the disk."""
+    def _room(self) -> tuple[int, str]:
+        """Bytes that may still be written, under the bound and beside what must stay free on the disk; and which it is."""
         used = sum(path.stat().st_size for name in ("index.bin", "features.bin") for path in self.root.glob(f"*/{name}"))
         room, disk = self.bound - used, shutil.disk_usage(self.folder).free - SPARE_DISK
-        if min(room, disk) < self.bytes + ENTRY.size:
-            self.full = (
-                f"{self.root} holds {used / 1e9:.2f} GB, and engine.feature_cache_gb={self.bound / 1e9:g}"
-                if room <= disk
-                else f"{self.root}: less than {SPARE_DISK / 1e9:g} GB would stay free on the disk"
-            )
-        return min(room, disk)
+        if room <= disk:
+            return room, f"{self.root} is as large as engine.feature_cache_gb={self.bound / 1e9:g} allows"
+        return disk, f"{self.root}: less than {SPARE_DISK / 1e9:g} GB would stay free on the disk"
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

@@ -51,7 +51,7 @@ def folder() -> Path:
 def shared_out(engine: EngineConfig) -> bool:
     """Whether processes hold shares of the weights (ZeRO-3): the encoder then runs on all of them together, or on none."""
     zero = engine.deepspeed.get("zero_optimization", {})
-    return ((isinstance(zero, dict) and zero.get("stage", engine.zero_stage)) or engine.zero_stage) == 3
+    return (zero.get("stage", engine.zero_stage) if isinstance(zero, dict) else engine.zero_stage) == 3
 
 
 def kept(config: TrainConfig) -> bool:
