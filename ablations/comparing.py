@@ -29,7 +29,7 @@ class Compared:
     def deltas(self) -> np.ndarray:
         """(demonstration seeds, items), averaged over training seeds."""
         assert self.pair is not None
-        return np.asarray(self.pair[0].scores.mean(0) - self.pair[1].scores.mean(0))
+        return self.pair[0].shown - self.pair[1].shown
 
     @cached_property
     def paired(self) -> st.Estimate:
@@ -55,7 +55,7 @@ def shared_seeds(own: Sequence[int], other: Sequence[int]) -> list[int] | None:
 def cell_of(answers: list[Compared], interval: str) -> Cell:
     """The mean over the given tasks (one or all), and its paired difference."""
     own = [a.own for a in answers]
-    shown = st.spread([(a.scores.mean(0), a.clusters) for a in own])
+    shown = st.spread([(a.shown, a.clusters) for a in own])
     cell = Cell(st.combine(st.average_tasks([a.estimate for a in own]), seeds=[_seeds(own)], demonstrations=shown))
     if answers[0].pair is None:
         return cell
@@ -81,4 +81,6 @@ def difference_of(answers: Sequence[Compared]) -> tuple[st.Difference, bool]:
 
 
 def _seeds(answers: list[Answers]) -> st.Spread | None:
-    return st.spread([(a.scores.mean(1), a.clusters) for a in answers])
+    if len(answers[0].seeds) < 2:
+        return None
+    return st.spread([(a.scores[:, 0] if a.scores.shape[1] == 1 else a.scores.mean(1), a.clusters) for a in answers])
