@@ -146,7 +146,8 @@ def _slots(title: str, names: Sequence[Sequence[str]], bars: int, high: float, b
     width = max(366 if title else 440, 50 + len(names) * max(24, 15 * bars))
     slot = (width - 50) / len(names)
     below = slot_margin(names, slot)
-    panel = Panel(title, width=width, height=200 + below, bottom=below + 6, top=26 if title else 10)
+    left = 40 if below < 60 else 74  # the first of turned names reaches to the left
+    panel = Panel(title, width + left - 40, 200 + below, left=left, bottom=below + 6, top=26 if title else 10)
     y = linear(0, high, panel.y0, panel.y1)
     panel.y_axis(ticks(0, high), y)
 

@@ -127,7 +127,7 @@ thead th { color: var(--dim); font-size: 12px; position: sticky; top: 0; backgro
   white-space: nowrap; }
 tbody th { position: sticky; left: 0; background: var(--card); white-space: nowrap; }
 thead th:first-child { left: 0; z-index: 2; }
-.sortable thead th:not(:first-child) { text-align: right; }
+.sortable thead th:not(:first-child), .cell thead th:not(:first-child) { text-align: right; }
 thead button { border: 0; background: none; padding: 0; cursor: pointer; color: inherit; }
 thead th[aria-sort] button { color: var(--ink); font-weight: 600; }
 thead th[aria-sort="ascending"] button::after { content: " ↑"; }
@@ -136,7 +136,7 @@ thead th[aria-sort="descending"] button::after { content: " ↓"; }
 td i { font-style: normal; color: var(--dim); font-size: 12px; }
 td b { font-weight: 600; }
 .whisker { opacity: .8; }
-.better b, .better.d { color: var(--good); } .worse b, .worse.d { color: var(--bad); }
+.better { color: var(--good); } .worse { color: var(--bad); }
 .paper { color: var(--some); }
 .control > * { color: var(--dim); }
 .control th { padding-left: 16px; }

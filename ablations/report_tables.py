@@ -26,6 +26,7 @@ def grid(block: Block, suite: SuiteTable) -> str:
     shots = suite.table.shots
     paper = [k for k in shots if any(k in row.paper for row in suite.rows)] if block.task is None else []
     compared = sum(row.control is None for row in block.rows) > 1
+    many_seeds = any(len(r.seeds) > 1 for r in suite.table.resources)
     heads = ["variant"]
     for k in shots:
         heads += [f"{k}-shot"] + [f"Δ {k}-shot"] * compared + [f"paper, {k}-shot"] * (k in paper)
@@ -35,7 +36,7 @@ def grid(block: Block, suite: SuiteTable) -> str:
         cells = [_name(row, by_label.get(row.label), suite)]
         for k in shots:
             cells.append(_score(row.cells[k]))
-            cells += [_difference(row.cells[k])] if compared else []
+            cells += [_difference(row.cells[k], many_seeds)] if compared else []
             if k in paper:
                 own = by_label[row.label].paper.get(k) if row.control is None and row.label in by_label else None
                 cells.append(number("" if own is None else f"{own:.1f}", own, "paper"))
@@ -87,20 +88,24 @@ def _unmatched(suite: SuiteTable, label: str, own: SuiteRow | None) -> str:
 
 
 def _score(cell: Cell) -> str:
+    """With the parts of the error that are training seeds' (s) and demonstration seeds' (d), where there are several."""
     s = cell.score
     error = "?" if math.isnan(s.se) else f"{s.se:.1f}"
-    return number(f"{s.mean:.1f} <i>± {error}</i>", s.mean)
+    parts = (("s", s.se_seeds), ("d", s.se_demonstrations))
+    apart = ", ".join(f"{sign} {value:.1f}" for sign, value in parts if value is not None)
+    return number(f"{s.mean:.1f} <i>± {error}{f' ({apart})' if apart else ''}</i>", s.mean)
 
 
-def _difference(cell: Cell) -> str:
+def _difference(cell: Cell, many_seeds: bool) -> str:
     d = cell.difference
     if d is None:
-        return number("", None, "d")
+        return number("", None)
+    level = " (items)" if many_seeds and not cell.difference_has_seeds else ""
     if math.isnan(d.se):
-        return number(f"{d.value:+.1f} <i>[?]</i>", d.value, "d")
+        return number(f"{d.value:+.1f} <i>[?]{level}</i>", d.value)
     kind = ("better" if d.value > 0 else "worse") if cell.significant else ""
     star = "*" if cell.significant else ""
-    return number(f"<b>{d.value:+.1f}</b>{star} <i>[{d.low:+.1f}, {d.high:+.1f}]</i>", d.value, f"d {kind}".strip())
+    return number(f"<b>{d.value:+.1f}</b>{star} <i>[{d.low:+.1f}, {d.high:+.1f}]{level}</i>", d.value, kind)
 
 
 # ------------------------------------------------------------------------------------------------------------- TextCore

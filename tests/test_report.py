@@ -117,9 +117,10 @@ def test_every_number_of_the_table_is_on_the_page(suite: SuiteTable, page: Path)
     for block in suite.table.blocks:
         for row in block.rows:
             for cell in row.cells.values():
-                assert f"{cell.score.mean:.1f} <i>± {cell.score.se:.1f}</i>" in written
+                assert f"{cell.score.mean:.1f} <i>± {cell.score.se:.1f} (s {cell.score.se_seeds:.1f})</i>" in written
                 if (d := cell.difference) is not None:
                     assert f"{d.value:+.1f}</b>{'*' if cell.significant else ''} <i>[{d.low:+.1f}, {d.high:+.1f}]</i>" in written
+    assert " (items)" not in written.split('id="reading"')[0]
     assert '<td class="n paper" data-v="61.25">61.2</td>' in written
     seen = text_of(page)
     assert "tokens +3.0 %" in seen
@@ -197,6 +198,20 @@ def test_textcore_has_a_section_where_it_was_evaluated(suite: SuiteTable, tmp_pa
     held = Textcore([0], {suite.baseline: {0: TextcoreCell(41.37, 0.52, [0])}}, {})
     seen = write_report(replace(suite, textcore=held), tmp_path / "report.html").read_text()
     assert "41.4 <i>± 0.5</i>" in seen.split('id="textcore"')[1].split("</section>")[0]
+
+
+def test_controls_stand_under_their_run_in_table_and_bars(suite: SuiteTable, tmp_path: Path) -> None:
+    block = suite.table.blocks[0]
+    low = replace(block.rows[2].cells[4], score=replace(block.rows[2].cells[4].score, mean=12.34), difference_has_seeds=False)
+    control = replace(block.rows[2], control="shuffled", cells={0: low, 4: low})
+    rows = [*block.rows[:3], control, *block.rows[3:]]
+    table = replace(suite.table, blocks=[replace(block, rows=rows), *suite.table.blocks[1:]])
+    seen = write_report(replace(suite, table=table), tmp_path / "report.html").read_text()
+    body = next(part for part in seen.split("<tbody>") if "images shuffled" in part)
+    assert html.unescape(re.sub("<[^>]+>", "", body)).startswith(suite.rows[2].label)
+    assert "12.3 <i>" in body
+    assert "] (items)</i>" in body
+    assert seen.split("<style>")[1].split("</style>")[1].count('class="notch"') == 2
 
 
 def test_a_law_that_cannot_be_fitted_says_why(suite: SuiteTable, tmp_path: Path) -> None:
