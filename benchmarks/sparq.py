@@ -1,6 +1,8 @@
 """`python -m benchmarks.sparq --device cpu|cuda --json`: a decoding step of SparQ attention beside dense attention.
 
     cpu     fp32_b1_s16384: dtype, batch, tokens; 32 query and 8 key-value heads, d 128, r 32, k 256, on torch's threads
+            fp32_b8_step16: one layer's step in transformers, from a token's q, k, v to its output (sparq_steps.py)
+            fp32_b8_shared16384: rows that share a prefix of so many tokens and have 256 each (sparq_steps.py)
     cuda    the rows of `python -m benchmarks.sparq_cuda`, which has more options
 
 `ours` and `peer` are microseconds a call, `ratio` is peer / ours, `bytes` what a call must read at least, and `limit` the
@@ -34,6 +36,13 @@ CASES = {
     for dtype in DTYPES
     for batch, tokens in [*((1, 2**power) for power in (4, 6, *range(8, 17))), (4, 4096), (8, 16384)]
 }
+CASES |= {
+    f"{dtype}_b{batch}_step{2**power}": (dtype, batch, 2**power)
+    for dtype in DTYPES
+    for batch in (1, 8)
+    for power in range(0, 15, 2)
+}
+CASES |= {f"{dtype}_b{batch}_shared16384": (dtype, batch, 16384) for dtype in DTYPES for batch in (1, 8, 32)}
 ROTATED = 1 << 30  # bytes of caches
 LEAST_SECONDS, MOST_CALLS = 0.4, 400  # a repeat
 
@@ -43,7 +52,12 @@ def rows(repeats: int, cases: Collection[str] | None = None) -> Iterator[TimedRo
     bandwidth = read_bandwidth()
     for name in CASES:
         if cases is None or name in cases:
-            yield row(name, repeats, bandwidth)
+            if "_s" in name and not name.rsplit("_s", 1)[1].isdigit():
+                from benchmarks import sparq_steps
+
+                yield sparq_steps.row(name, repeats, bandwidth)
+            else:
+                yield row(name, repeats, bandwidth)
 
 
 def read_bandwidth() -> float:
