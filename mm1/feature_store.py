@@ -128,9 +128,6 @@ class FeatureStore:
         try:
             with self._lock():
                 self.refresh()
-                # a killed writer's half of an entry
-                if os.fstat(self._index).st_size != len(self) * ENTRY.size:
-                    os.ftruncate(self._index, len(self) * ENTRY.size)
                 room, limit = self._room()
                 for key, content in zip(keys, contents, strict=True):
                     if self.find(key) >= 0:

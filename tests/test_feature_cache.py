@@ -204,6 +204,7 @@ def test_damage_in_features_or_index_is_no_hit(tmp_path: Path) -> None:
         file.write(b"\x55")
     damaged = opened(tmp_path)
     assert [damaged.find(key) for key in keys(1, 2, 3)] == [0, -1, -1]
+    assert damaged.find(b"\x00\x55" + keys(3)[0][2:]) == -1  # the picture that the damaged entry now seems to be of
 
 
 def test_the_bound_is_that_of_all_stores_together(tmp_path: Path) -> None:
