@@ -23,7 +23,7 @@ from ablations.planning import suite_folder
 from ablations.record import SuiteCell, SuiteFolder
 from ablations.results import Run
 from ablations.selection import Selection
-from ablations.suite import EvaluationConfig, SuiteConfig, load_suite, variants_at
+from ablations.suite import SCALES, EvaluationConfig, SuiteConfig, load_suite, variants_at
 from ablations.suite_extras import LawGrid, Textcore, law_grid, textcore_of
 from configs.errors import UserError
 
@@ -149,8 +149,17 @@ def suite_table(
 
 def _started(place: SuiteFolder, name: str, scale: str) -> tuple[SuiteConfig, dict[str, list[str]]]:
     """The suite as it was started last, and its axes at this scale."""
+    if scale not in SCALES:
+        raise UserError(f"scale={scale}: must be one of {', '.join(SCALES)}.")
     if not place.plan_path.is_file():
         load_suite(name)  # an unknown suite is said first
+        hint = (
+            f"Start it: python -m ablations.run suite={name} scale={scale}; or add the settings, or folder=, it was started with."
+        )
+        try:
+            place.plan()
+        except UserError as error:
+            raise UserError(f"{error} {hint}") from None
     plan = place.plan()
     try:
         written = plan["suite"]

@@ -142,7 +142,7 @@ def test_controls_of_the_suite_stand_below_their_rows() -> None:
 @pytest.mark.parametrize(("matching", "marked"), [("tokens", ["avgpool.few"]), ("images", ["cabs.many"]), ("steps", [])])
 def test_what_the_suite_matches_decides_the_mark(matching: str, marked: list[str]) -> None:
     study = Study(config(matching=matching))
-    changes = {"avgpool.few": {"tokens_seen": 560_000}, "cabs.many": {"images_seen": 5000}}
+    changes: dict[str, Any] = {"avgpool.few": {"tokens_seen": 560_000}, "cabs.many": {"images_seen": 5000}}
     for cell in study.cells:
         study.finish(cell.label, cell.seed, **changes.get(cell.label, {}))
     found = suite_table("connector")
@@ -368,8 +368,10 @@ def test_textcore_has_a_table_of_its_own() -> None:
 def test_an_unknown_suite_and_one_that_was_never_started() -> None:
     with pytest.raises(UserError, match=r"suite=konnektor: there is no .*Suites: connector"):
         suite_table("konnektor")
-    with pytest.raises(UserError, match=r"holds no suite.*Suites that were started: none yet"):
+    with pytest.raises(UserError, match=r"holds no suite.*started: none yet\. Start it: python -m ablations.run suite=con"):
         suite_table("connector")
+    with pytest.raises(UserError, match=r"scale=tony: must be one of tiny"):
+        suite_table("connector", "tony")
     finished(Study(config()))
     with pytest.raises(UserError, match=r"started: connector-tiny"):
         suite_table("connector", extra=["train.steps=100"])
@@ -398,6 +400,7 @@ def test_an_unfinished_baseline_names_the_command_that_finishes_it() -> None:
         ("results/e0/captions.4.jsonl", lambda text: text[:-9], "half-written"),
         ("results/e0/captions.4.jsonl", lambda text: text[: text[:-1].rfind("\n") + 1], "39 items"),
         ("results/e0/captions.4.jsonl", lambda text: text.replace('"score": ', '"score": 1'), "different evaluations"),
+        ("results/e0/captions.4.jsonl", lambda text: text.replace("}\n", "\n", 1), "line 1: not a JSON object"),
         (
             "results/e0/captions.4.jsonl",
             lambda text: text.replace('"captions3"', '"captions77"'),
