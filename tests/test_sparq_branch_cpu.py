@@ -64,7 +64,7 @@ SHAPES = [
 @pytest.mark.parametrize("group", ["softmax", "logits"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shared_prefix_is_the_definition_over_both(shape: tuple[int, ...], group: str) -> None:
-    q, prefix, suffix, means, seen = branch(*shape, torch.float32)  # type: ignore[arg-type, misc]
+    q, prefix, suffix, means, seen = branch(*shape, torch.float32)  # type: ignore[arg-type, misc, call-arg]
     for settings in (replace(SETTINGS, group=group), replace(SETTINGS, group=group, reallocate=False, local=40, r=shape[2])):
         mine = sparq_cpu.sparq_shared(q, prefix, suffix, means, settings)
         reference = definition if shape[3] <= 100 and shape[4] < 100 else in_float64
