@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +33,7 @@ def build(source: Path, folder: Path, flags: Sequence[str]) -> Path:
     compiler = next(filter(None, map(shutil.which, known)), None)
     if compiler is None:
         raise RuntimeError(f"no {source.suffix[1:].upper().replace('PP', '++')} compiler found ({', '.join(known)})")
-    parts = (source.read_text(), _version(compiler), _cpu(), *flags)
+    parts = (*_texts(source), _version(compiler), _cpu(), *flags)
     library = folder / f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,14 @@ def load(source: Path, flags: Sequence[str], open_library: Callable[[Path], T]) 
     except OSError:
         with tempfile.TemporaryDirectory() as folder:
             return open_library(build(source, Path(folder), flags))
+
+
+def _texts(source: Path) -> Iterator[str]:
+    """Of a source and of the headers beside it that it includes, through any depth."""
+    text = source.read_text()
+    yield text
+    for name in re.findall(r'^#include "([^"]+)"', text, re.MULTILINE):
+        yield from _texts(source.parent / name)
 
 
 @lru_cache

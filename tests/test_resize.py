@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -188,3 +189,15 @@ exec {real} "$@"
     assert [first.wait(60), second.wait(60)] == [0, 0]
     assert (tmp_path / "log").read_text() == "begun\n" * 2
     assert [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+@needs_compiler
+def test_a_changed_header_is_another_library(tmp_path: Path) -> None:
+    source, header = tmp_path / "number.c", tmp_path / "inner.h"
+    source.write_text('#include "outer.h"\nint number(void) { return NUMBER; }\n')
+    (tmp_path / "outer.h").write_text('#include "inner.h"\n')
+    found = []
+    for value in (1, 2):
+        header.write_text(f"#define NUMBER {value}\n")
+        found.append(ctypes.CDLL(str(native.build(source, tmp_path / "built", ()))).number())
+    assert found == [1, 2]

@@ -12,7 +12,6 @@ lies, however many rows share it. sparq_step.py is a cache's whole step for one 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import struct
 import threading
 from dataclasses import replace
@@ -27,7 +26,6 @@ from mm1.attention import sparq
 from mm1.attention.sparq import Segment, SparqSettings, sparq_torch
 
 SOURCE = Path(__file__).with_name("sparq_cpu.cpp")
-PARTS = sorted(SOURCE.parent.glob("sparq_cpu_*.h"))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 DENSE_BELOW = {torch.float32: 640, torch.bfloat16: 896}
 """Valid tokens from which on a step is faster than dense, measured: docs/sparq.md."""
@@ -197,7 +195,7 @@ def load() -> Kernel:
     if not _loaded:
         with _LOCK:
             if not _loaded:
-                _loaded.append(native.load(SOURCE, _flags(), Kernel))
+                _loaded.append(native.load(SOURCE, FLAGS, Kernel))
     return _loaded[0]
 
 
@@ -212,10 +210,4 @@ def available() -> bool:
 
 def build(folder: Path, *flags: str) -> Path:
     """native.build of sparq_cpu.cpp."""
-    return native.build(SOURCE, folder, [*_flags(), *flags])
-
-
-def _flags() -> tuple[str, ...]:
-    """With what the source includes, so that a change there is a change of what is to be built."""
-    parts = hashlib.sha256(b"".join(part.read_bytes() for part in PARTS)).hexdigest()
-    return (*FLAGS, f"-DPARTS=0x{parts[:8]}")
+    return native.build(SOURCE, folder, [*FLAGS, *flags])
