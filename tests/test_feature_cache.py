@@ -232,16 +232,18 @@ def test_a_folder_that_cannot_be_written_is_a_users_error(tmp_path: Path) -> Non
         opened(tmp_path / "file")
 
 
-def _write_many(folder: str, seed: int) -> None:
+def _write_many(folder: str, seed: int, together: Any) -> None:
     store = opened(Path(folder))
+    together.wait()
     for start in np.random.default_rng(seed).permutation(20):
         numbers = range(5 * int(start), 5 * int(start) + 10)
         store.put(keys(*numbers), values(*numbers))
 
 
 def test_processes_write_together(tmp_path: Path) -> None:
-    context = get_context("spawn")
-    writers = [context.Process(target=_write_many, args=(str(tmp_path), seed)) for seed in range(3)]
+    context = get_context("fork")
+    together = context.Barrier(3)
+    writers = [context.Process(target=_write_many, args=(str(tmp_path), seed, together)) for seed in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:
