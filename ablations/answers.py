@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ablations import statistics as st
-from ablations.results import COUNTERS, MEAN_TOLERANCE, Evaluation, Run, _read_object, read_run
+from ablations.results import MEAN_TOLERANCE, Evaluation, Run
 from ablations.selection import Selection, Variant
 from configs.errors import UserError
 
@@ -190,46 +188,3 @@ def _quickly(evaluation: Evaluation, task: str, shots: int, known: _Known) -> np
     if values.shape != (len(lines),):
         return None
     return values if abs(math.fsum(values) / len(values) - summary.mean) <= MEAN_TOLERANCE else None
-
-
-class _LateRun(Run):
-    """A Run whose config.yaml is read when it is asked for: parsing it takes longer than all else that a table reads of a run."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            object.__setattr__(self, key, value)
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "config":
-            raise AttributeError(name)
-        config = read_run(self.folder).config
-        object.__setattr__(self, "config", config)
-        return config
-
-
-def read_finished_run(folder: Path) -> Run:
-    """As results.read_run, of a finished run, with the configuration left for when it is asked for.
-
-    Raises UserError if the folder holds no run, an unfinished one, or one whose record is damaged or of another version.
-    """
-    path = folder / "run.json"
-    remedy = f"train it again, or move {folder} away."
-    raw = _read_object(path, remedy)
-    if raw.get("status") != "finished":
-        raise UserError(f"{path}: status is {raw.get('status')!r}. Start the training again; it resumes.")
-    try:
-        counters = {key: float(raw[key]) if key in ("flops", "seconds") else int(raw[key]) for key in COUNTERS}
-        return _LateRun(
-            counters
-            | {key: raw[key] for key in ("name", "hash", "status", "identity")}
-            | {
-                "folder": folder,
-                "ablation": tuple(raw["ablation"]),
-                "seed": int(raw["seed"]),
-                "parameters": {key: int(value) for key, value in raw["parameters"].items()},
-                "corpus": raw["corpus"]["name"],
-                "corpus_fingerprint": raw["corpus"]["fingerprint"],
-            }
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error

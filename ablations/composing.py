@@ -100,5 +100,19 @@ def named(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
     ]
 
 
+def step_overrides(scale: str, steps: int | None, extra: Sequence[str]) -> list[str]:
+    """steps=100 -> train.steps=100 with as large a share of warm-up as the scale has. UserError if `extra` sets the steps too."""
+    if steps is None:
+        return []
+    if other := next((o for o in extra if o.startswith("train.steps=")), None):
+        raise UserError(f"steps={steps} and {other}: give one of them.")
+    base = Composer().compose([f"scale={scale}", *extra])
+    warmup = round(base.optim.warmup_steps * steps / base.train.steps)
+    found = [f"train.steps={steps}"]
+    if not any(o.startswith("optim.warmup_steps=") for o in extra):
+        found.append(f"optim.warmup_steps={min(warmup, steps - 1)}")
+    return found
+
+
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

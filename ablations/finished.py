@@ -11,11 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ablations.answers import read_finished_run
 from ablations.planning import evaluation_keys
 from ablations.record import DAMAGED, SuiteCell, SuiteFolder, state_of
-from ablations.results import Evaluation, Run, read_evaluation
-from ablations.results import _with_repeats as with_repeats
+from ablations.results import Evaluation, Run, read_evaluation, read_run, with_repeats
 from ablations.selection import Variant
 from ablations.suite import SuiteConfig
 from configs.errors import UserError
@@ -86,7 +84,7 @@ def _named(cell: SuiteCell, beginning: str) -> Done | None:
 
 
 def _run(cell: SuiteCell) -> Run:
-    run = read_finished_run(cell.folder)
+    run = read_run(cell.folder)
     if run.hash != cell.hash:
         raise UserError(f"{cell.folder} holds the run {run.hash}, not {cell.hash} of {cell.name}. Move it away.")
     return run

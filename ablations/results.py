@@ -162,14 +162,26 @@ class Run:
     seconds: float
     corpus: str
     corpus_fingerprint: str
-    config: dict[str, Any] = field(repr=False)
     identity: dict[str, Any] = field(repr=False)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, read when it is asked for: parsing YAML takes longer than all else that a table reads of a
+        run. Raises UserError if config.yaml cannot be read."""
+        import yaml
+
+        try:
+            return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self.folder / 'config.yaml'} cannot be read ({error}); train it again, or give another run's folder."
+            ) from error
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """Every finished evaluation under results/, those of several demonstration seeds as one; one still being written (no
         summary.json yet) is not among them."""
-        return _with_repeats([read_evaluation(path.parent, self) for path in sorted(self.folder.glob("results/*/summary.json"))])
+        return with_repeats([read_evaluation(path.parent, self) for path in sorted(self.folder.glob("results/*/summary.json"))])
 
     @property
     def label(self) -> str:
@@ -233,15 +245,9 @@ def _read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 def read_run(folder: Path) -> Run:
     """Raises UserError if the folder holds no run, or one whose record is damaged or of another version."""
-    import yaml
-
     path = folder / "run.json"
     remedy = f"train it again, or give a run's folder (there: {folder})."
     raw = _read_object(path, remedy)
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / 'config.yaml'} cannot be read ({error}); {remedy}") from error
     if raw.get("status") != "finished":
         raw = dict.fromkeys(COUNTERS, 0) | {"parameters": {}} | raw
     try:
@@ -261,7 +267,6 @@ def read_run(folder: Path) -> Run:
             seconds=float(raw["seconds"]),
             corpus=raw["corpus"]["name"],
             corpus_fingerprint=raw["corpus"]["fingerprint"],
-            config=config or {},
             identity=raw["identity"],
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -324,7 +329,7 @@ def _plan(path: Path, seed: int, remedy: str) -> tuple[str, int, str]:
         raise UserError(f"{path}: {type(error).__name__} {error}; {remedy}") from error
 
 
-def _with_repeats(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def with_repeats(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """Evaluations of one run, those that share all but their demonstration seed as one: the one of the lowest seed, with repeats.
 
     Where one seed was evaluated twice (say, with other decoding) nothing is taken for a repeat.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -135,7 +136,9 @@ def main() -> None:
 def act(config: RunConfig, extra: Sequence[str]) -> int:
     if config.action == "list":
         return _list()
-    extra = [*extra, *_step_overrides(config, extra)]
+    from ablations.composing import step_overrides
+
+    extra = [*extra, *step_overrides(config.scale_name, config.steps, extra)]
     if config.action in ("status", "resume"):
         from ablations.planning import suite_folder
 
@@ -143,22 +146,6 @@ def act(config: RunConfig, extra: Sequence[str]) -> int:
         place = suite_folder(name, config.scale_name, extra, config.folder)
         return _status(place) if config.action == "status" else _resume(place)
     return _run(config, extra)
-
-
-def _step_overrides(config: RunConfig, extra: Sequence[str]) -> list[str]:
-    """steps=100 -> train.steps=100 with as large a share of warm-up as the scale has."""
-    if config.steps is None:
-        return []
-    from ablations.composing import Composer
-
-    if any(o.startswith("train.steps=") for o in extra):
-        raise UserError(f"steps={config.steps} and {next(o for o in extra if o.startswith('train.steps='))}: give one of them.")
-    base = Composer().compose([f"scale={config.scale_name}", *extra])
-    warmup = round(base.optim.warmup_steps * config.steps / base.train.steps)
-    found = [f"train.steps={config.steps}"]
-    if not any(o.startswith("optim.warmup_steps=") for o in extra):
-        found.append(f"optim.warmup_steps={min(warmup, config.steps - 1)}")
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- actions
@@ -236,10 +223,14 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
             if final[cell.hash].name == FAILED and not claimed(cell.hash):
                 print(f"\n{cell.name}:\n{final[cell.hash].note}", file=sys.stderr)
         return 1
-    runs = dict.fromkeys(cell.folder.name for cell in cells)
-    first = next(cell.folder.name for cell in cells if cell.baseline)
-    print(f"All finished. The table: python -m ablations.table runs=[{','.join(runs)}] baseline={first}")
+    print(f"All finished. Table and report: python -m ablations.table {shlex.join(_named(suite.name, config, place.folder))}")
     return 0
+
+
+def _named(suite: str, config: RunConfig, place: Path) -> list[str]:
+    """A suite's folder as arguments of the other commands."""
+    usual = place.name == f"{suite}-{config.scale_name}"
+    return [f"suite={suite}", f"scale={config.scale_name}", *([] if usual else [f"folder={config.folder or place.name}"])]
 
 
 def _prepare_corpora(suite: SuiteConfig, scale: str, extra: Sequence[str]) -> None:

@@ -97,15 +97,14 @@ def _runs(config: TableConfig) -> None:
 
 
 def _suite(config: TableConfig) -> None:
-    from importlib.util import find_spec
-
+    from ablations.composing import step_overrides
     from ablations.planning import suite_folder
-    from ablations.run import RunConfig, _step_overrides
+    from ablations.report import write_report
     from ablations.suite_table import suite_table
     from ablations.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown
 
     assert config.suite_name is not None
-    extra = [*_EXTRA, *_step_overrides(RunConfig(scale_name=config.scale_name, steps=config.steps), _EXTRA)]
+    extra = [*_EXTRA, *step_overrides(config.scale_name, config.steps, _EXTRA)]
     found = suite_table(
         config.suite_name,
         config.scale_name,
@@ -120,12 +119,8 @@ def _suite(config: TableConfig) -> None:
     folder = Path(config.output).expanduser() if config.output else place / "tables"
     text = render_suite_markdown(found)
     _write(folder, {"table.md": text, "table.csv": render_suite_csv(found), "table.tex": render_suite_latex(found)})
-    written = [folder / name for name in FILES]
-    if find_spec("ablations.report") is not None:
-        from ablations.report import write_report
-
-        write_report(found, folder / "report.html")
-        written.append(folder / "report.html")
+    write_report(found, folder / "report.html")
+    written = [folder / name for name in (*FILES, "report.html")]
     print(text, end="")
     print(f"\nWritten: {', '.join(map(str, written))}", file=sys.stderr)
 

@@ -19,12 +19,12 @@ import pytest
 
 from ablations import statistics as st
 from ablations.answers import ScoreReader
+from ablations.composing import step_overrides
 from ablations.latex import LONG, escaped, render_latex
 from ablations.law import fit, optima_of
 from ablations.planning import evaluation_key, suite_folder
 from ablations.render import CSV_COLUMNS, aligned
 from ablations.results import read_run
-from ablations.run import RunConfig, _step_overrides
 from ablations.sections import Section
 from ablations.suite import EvaluationConfig, SuiteConfig
 from ablations.suite_table import SuiteTable, suite_table
@@ -572,7 +572,7 @@ def test_the_command_writes_into_the_suites_folder(home: Path) -> None:
 def test_overrides_choose_the_suites_folder_as_they_do_for_its_run(home: Path) -> None:
     done = command("suite=connector", "steps=100", "data=shapes", home=home)
     assert done.returncode == 2
-    extra = ["data=shapes", *_step_overrides(RunConfig(suite=config(), steps=100), ["data=shapes"])]
+    extra = ["data=shapes", *step_overrides("tiny", 100, ["data=shapes"])]
     assert "train.steps=100" in extra
     place = suite_folder("connector", "tiny", extra)
     assert f"{place.folder} holds no suite" in done.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ablations import cost, run
-from ablations.composing import Composer
+from ablations.composing import Composer, step_overrides
 from ablations.law import MM1, Optimum, best_rate, fit
 from ablations.matching import marks, match, mismatch
 from ablations.planning import build_cells, suite_cells
@@ -312,10 +312,9 @@ def test_the_commands_settings_are_checked() -> None:
 
 
 def test_fewer_steps_keep_the_share_of_warm_up() -> None:
-    config = run.RunConfig(suite=load_suite("freeze"), steps=85)
-    assert run._step_overrides(config, []) == ["train.steps=85", "optim.warmup_steps=10"]
+    assert step_overrides("tiny", 85, []) == ["train.steps=85", "optim.warmup_steps=10"]
     with pytest.raises(UserError, match="give one of them"):
-        run._step_overrides(config, ["train.steps=4"])
+        step_overrides("tiny", 85, ["train.steps=4"])
 
 
 # ------------------------------------------------------------------------------------------------------------------- law
