@@ -3,7 +3,8 @@
     SparqLayer, one a decoder layer
       prefix   (1, Hkv, P, d)          shared by all rows, stored once, never written (`SparqCache.branch`)
       keys     (B, Hkv, C, d)          each row's own tokens; room for C, doubled when full; `length` slots are in use
-      keys_t   (B, Hkv, d, C)          the same keys, component by component: half as much memory again
+      keys_t   (B, Hkv, d, C)          the same keys, component by component: half as much memory again; from the length on at
+                                       which rows may attend sparsely
       values   (B, Hkv, C, d)
       total, count                     running sum (float64) and number of the valid values, so that the mean stays right through
                                        every operation
@@ -81,7 +82,6 @@ class SparqLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
             self.keys = key_states.new_empty(batch, heads, 0, key_states.shape[3])
-            self.keys_t = None if self.settings is None else key_states.new_empty(batch, heads, key_states.shape[3], 0)
             self.values = value_states.new_empty(batch, heads, 0, width)
             self.valid = torch.empty(batch, 0, dtype=torch.bool, device=self.device)
             self.total = torch.zeros(batch, heads, width, dtype=torch.float64, device=self.device)
@@ -111,6 +111,13 @@ class SparqLayer(CacheLayerMixin):
             self.valid = valid
         self._lent = 0
 
+    def _lay_out_components(self) -> None:
+        """Make `keys_t`. Until a row can be long enough to attend sparsely nothing reads it, and a token's components, each in a
+        line of memory of its own, take longer to write than short rows take to attend."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.keys_t = self.keys.new_empty(*self.keys.shape[:2], self.keys.shape[3], self.capacity)
+            self.keys_t[..., : self.length] = self.keys[:, :, : self.length].transpose(-1, -2)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, Hkv, n, d); returns views of the row's own keys and values, `keys.sparq_layer` being this layer.
 
@@ -128,6 +135,8 @@ class SparqLayer(CacheLayerMixin):
         if end > self.capacity:
             room = max(self._room, 2 * self.capacity, end if self.capacity else end + 2 * STEP)
             self._resize(-(-room // STEP) * STEP)
+        if self.settings is not None and self.keys_t is None and (self.prefix is not None or end > self.settings.dense_up_to):
+            self._lay_out_components()
         step = Step.of(self, key_states, value_states) if end == self.length + 1 else None
         if step is not None:
             step.append(key_states, value_states, self.length)
@@ -209,6 +218,8 @@ class SparqLayer(CacheLayerMixin):
         assert self.settled == self.length, "lent before its attention was computed"
         used = slice(0, self.length)
         self._lent = self.length
+        if self.settings is not None and self.keys_t is None:
+            self._lay_out_components()
         keys_t = None if self.keys_t is None else self.keys_t[..., used]
         count = int(self.count)
         if not bool(self.valid[0, self.length - count : self.length].all()):
