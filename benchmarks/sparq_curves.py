@@ -12,15 +12,18 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ablations.statistics import Difference, Estimate, Scores, average_tasks, difference, paired_estimate
+from ablations.statistics import Difference, Estimate, Scores, average_tasks, clustered_mean, difference, paired_estimate
 from benchmarks.report import Row
 from benchmarks.sparq_probe import Method
 from configs.errors import UserError
 from eval.results import score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Records = Sequence[Mapping[str, Any]]
 Kinds = Mapping[str, tuple[str, str]]
@@ -191,8 +194,19 @@ class Point:
     high: float
 
 
+@dataclass
+class Panel:
+    """A cell's lines, family -> points: `nats` less dense attention's, `agreement` with its answers in per cent. control: nats of
+    recall without anything to recall."""
+
+    title: str
+    nats: dict[str, list[Point]]
+    agreement: dict[str, list[Point]]
+    control: float | None = None
+
+
 def family(method: str) -> str | None:
-    """The line a method stands on; None for dense attention and the control."""
+    """The line a method stands on; None for dense attention and the controls."""
     first = method.split()[0]
     if first == "sparq":
         return "answer" if "answer only" in method else "plain" if "no mean" in method else "sparq"
@@ -201,98 +215,95 @@ def family(method: str) -> str | None:
     return first if first in FAMILIES else None
 
 
-def panels(folder: Path) -> Iterator[tuple[str, dict[str, list[Point]], float | None]]:
-    """(title, lines of points in nats, recall's control) of each cell kept in a plan's folder, few-shot tasks averaged."""
+def panels(folder: Path) -> Iterator[Panel]:
+    """Of a plan's folder: of each probe the cell with the most shots, its tasks averaged."""
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    groups: dict[tuple[str, int], list[tuple[str, dict[str, list[Mapping[str, Any]]]]]] = defaultdict(list)
+    groups: dict[tuple[bool, int], list[tuple[str, Mapping[str, Records]]]] = defaultdict(list)
     for path in sorted(folder.glob("*.jsonl")):
-        if path.name == "runs.jsonl":
-            continue
-        task, count, *more = path.name.removesuffix(".jsonl").split(".")
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        groups["recall" if more else "task", int(count)].append((task, by_method(lines)))
-    for (probe, shots), members in sorted(groups.items(), key=lambda pair: (pair[0][0] == "recall", pair[0][1])):
-        named = members[0][0] if len(members) == 1 else f"{len(members)} tasks"
-        title = f"{about['run']}: {'a caption to find' if probe == 'recall' else named}, {shots} shots"
-        curves: dict[str, list[Point]] = defaultdict(list)
-        control = None
-        for method in members[0][1]:
-            if not all(len(found.get(method, [])) == len(found["dense"]) for _, found in members):
-                continue  # still under way
-            pairs = [[values(f[m], task, "nats", ("", "")) for m in (method, "dense")] for task, f in members]
-            value = interval(average_tasks([paired_estimate(*pair) for pair in pairs]))
-            moved = float(np.mean([np.mean([r["moved"] for r in found[method]]) for _, found in members]))
-            line = family(method)
-            if line is not None:
-                curves[line].append(Point(moved, *value))
-            elif method == "absent":
-                control = value[0]
-        yield title, curves, control
+        if path.name != "runs.jsonl":
+            task, count, *more = path.name.removesuffix(".jsonl").split(".")
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            groups[bool(more), int(count)].append((task, by_method(lines)))
+    for recall in (False, True):
+        most = max((shots for probe, shots in groups if probe == recall), default=None)
+        if most is not None:
+            yield _panel(about["run"], recall, most, groups[recall, most])
+
+
+def _panel(run: str, recall: bool, shots: int, members: Sequence[tuple[str, Mapping[str, Records]]]) -> Panel:
+    named = members[0][0] if len(members) == 1 else f"{len(members)} tasks"
+    panel = Panel(f"{run}: {'recall' if recall else named}, {shots} shots", defaultdict(list), defaultdict(list))
+    for method in members[0][1]:
+        if not all(len(found.get(method, [])) == len(found["dense"]) for _, found in members):
+            continue  # still under way
+        nats, same = [], []
+        for task, found in members:
+            mine, dense = found[method], found["dense"]
+            nats.append(paired_estimate(*(values(records, task, "nats", ("", "")) for records in (mine, dense))))
+            alike = [100.0 * (a["prediction"] == b["prediction"]) for a, b in zip(mine, dense, strict=True)]
+            same.append(clustered_mean(alike, [record["cluster"] for record in mine]))
+        moved = float(np.mean([np.mean([record["moved"] for record in found[method]]) for _, found in members]))
+        line = family(method)
+        if line is not None:
+            panel.nats[line].append(Point(moved, *interval(average_tasks(nats))))
+            panel.agreement[line].append(Point(moved, *interval(average_tasks(same))))
+        elif method == "absent":
+            panel.control = interval(average_tasks(nats))[0]
+    return panel
 
 
 def draw(folders: Sequence[Path], path: Path) -> Path:
-    """A panel a cell, a line a method. Raises UserError if nothing is kept."""
-    from ablations.plots import COLOURS, MUTED, style
+    """A column a cell: log-probability above, agreement below; a line a method. Raises UserError if nothing is kept."""
+    from ablations.plots import MUTED, style
 
     plans = [plan for folder in folders for plan in sorted(folder.glob("*/about.json"))]
     drawn = [panel for plan in plans for panel in panels(plan.parent)]
     if not drawn:
         raise UserError(f"{', '.join(map(str, folders))}: nothing is kept to draw. Run without --plot first.")
     with style() as plt:
-        columns = min(3, len(drawn))
-        rows = -(-len(drawn) // columns)
-        figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.5 * rows + 0.7), squeeze=False, layout="constrained")
-        for axis in axes.flat[len(drawn) :]:
-            axis.remove()
-        for axis, (title, lines, control) in zip(axes.flat, drawn, strict=False):
-            axis.axhline(0, color=MUTED, linewidth=1)
-            if control is not None:
-                axis.axhline(control, color=MUTED, linewidth=1, linestyle=":")
-                axis.text(
-                    0.99,
-                    control,
-                    "without the find",
-                    ha="right",
-                    va="bottom",
-                    fontsize=8,
-                    color=MUTED,
-                    transform=axis.get_yaxis_transform(),
+        size = (1.2 + 4.1 * len(drawn), 7.2)
+        figure, axes = plt.subplots(2, len(drawn), figsize=size, squeeze=False, layout="constrained")
+        for panel, above, below in zip(drawn, *axes, strict=True):
+            above.set_title(panel.title, fontsize=10)
+            above.axhline(0, color=MUTED, linewidth=1)
+            if panel.control is not None:
+                above.axhline(panel.control, color=MUTED, linewidth=1, linestyle=":")
+                where = above.get_yaxis_transform()
+                above.text(
+                    0.99, panel.control, "nothing to recall", ha="right", va="bottom", fontsize=8, color=MUTED, transform=where
                 )
-            for name, (label, colour, marker) in FAMILIES.items():
-                points = sorted(lines.get(name, []), key=lambda point: point.moved)
-                if not points:
-                    continue
-                y = np.array([p.value for p in points])
-                error = np.array([[p.value - p.low for p in points], [p.high - p.value for p in points]])
-                axis.errorbar(
-                    [p.moved for p in points],
-                    y,
-                    error,
-                    color=COLOURS[colour],
-                    marker=marker,
-                    markersize=5,
-                    linewidth=1.5,
-                    elinewidth=1,
-                    capsize=2,
-                    label=label,
-                    linestyle="--" if name == "oracle" else "-",
-                )
-            axis.set_title(title, fontsize=9.5)
-            axis.set_xscale("log", base=2)
-            ticks = [
-                t for t in (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1) if any(p.moved < 1.3 * t for line in lines.values() for p in line)
-            ]
-            axis.set_xticks(ticks, [f"1/{round(1 / t)}" if t < 1 else "1" for t in ticks])
-            axis.minorticks_off()
-        for row in axes:
-            row[0].set_ylabel("log-probability of the reference,\nnats a token, less dense attention's")
-        for axis in axes[-1]:
-            axis.set_xlabel("elements moved a step, of dense attention's")
-        handles, labels = max(
-            (axis.get_legend_handles_labels() for axis in axes.flat if axis.figure), key=lambda found: len(found[0])
-        )
-        figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9)
+            _lines(above, panel.nats)
+            _lines(below, panel.agreement)
+            below.set_ylim(0, 104)
+            below.set_xlabel("elements moved a step, of dense attention's")
+        axes[0][0].set_ylabel("log-probability of the reference,\nnats a token, less dense attention's")
+        axes[1][0].set_ylabel("answers that are dense attention's,\nper cent")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, metadata={"Software": None})
+        figure.savefig(path, dpi=120, metadata={"Software": None})
         plt.close(figure)
     return path
+
+
+def _lines(axis: Axes, lines: Mapping[str, list[Point]]) -> None:
+    from ablations.plots import COLOURS
+
+    for name, (label, colour, marker) in FAMILIES.items():
+        points = sorted(lines.get(name, []), key=lambda point: point.moved)
+        x, y = [p.moved for p in points], np.array([p.value for p in points])
+        error = np.array([[p.value - p.low for p in points], [p.high - p.value for p in points]])
+        style: dict[str, Any] = {
+            "linestyle": "--" if name in ("oracle", "plain") else "-",
+            "linewidth": 1.5,
+            "elinewidth": 1,
+            "capsize": 2,
+        }
+        if points:
+            axis.errorbar(x, y, error, color=COLOURS[colour], marker=marker, markersize=5, label=label, **style)
+    moved = [point.moved for points in lines.values() for point in points]
+    axis.set_xscale("log", base=2)
+    ticks = [2.0**-power for power in range(6) if min(moved) < 1.2 / 2**power]
+    axis.set_xticks(ticks, [f"1/{round(1 / tick)}" if tick < 1 else "1" for tick in ticks])
+    axis.set_xlim(min(moved) / 1.15, 1.08)
+    axis.minorticks_off()
