@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ablations.composing import named
 from ablations.student import t_quantile
+from ablations.suites.composing import named
 from configs.command import command
 from configs.errors import UserError
 
@@ -176,8 +176,8 @@ def _main(config: LawConfig) -> None:
 
     The rate for a decoder of N parameters is exp(a ln N + b): python -m mm1.train optim.law=FILE
     """
-    from ablations.planning import suite_cells, suite_folder
-    from ablations.suite import load_suite
+    from ablations.suites.planning import suite_cells, suite_folder
+    from ablations.suites.suite import load_suite
 
     suite = load_suite(config.suite_name)
     if suite.law is None:

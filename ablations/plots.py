@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ablations.results import Evaluation, Run
-from ablations.selection import select
 from ablations.statistics import t_quantile
-from ablations.table import Block, Table, build
+from ablations.tables.building import build
+from ablations.tables.cells import Block, Table
+from ablations.tables.selection import select
 from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths

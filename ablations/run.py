@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ablations.composing import named
-from ablations.launchers import LauncherConfig
-from ablations.suite import SCALES, SuiteConfig, suite_names
+from ablations.suites.composing import named
+from ablations.suites.launchers import LauncherConfig
+from ablations.suites.suite import SCALES, SuiteConfig, suite_names
 from configs.command import command
 from configs.errors import UserError
 
@@ -136,11 +136,11 @@ def main() -> None:
 def act(config: RunConfig, extra: Sequence[str]) -> int:
     if config.action == "list":
         return _list()
-    from ablations.composing import step_overrides
+    from ablations.suites.composing import step_overrides
 
     extra = [*extra, *step_overrides(config.scale_name, config.steps, extra)]
     if config.action in ("status", "resume"):
-        from ablations.planning import suite_folder
+        from ablations.suites.planning import suite_folder
 
         name = config.suite.name if config.suite is not None else ""
         place = suite_folder(name, config.scale_name, extra, config.folder)
@@ -154,11 +154,11 @@ def act(config: RunConfig, extra: Sequence[str]) -> int:
 def _run(config: RunConfig, extra: Sequence[str]) -> int:
     from dataclasses import asdict
 
-    from ablations.composing import Composer
-    from ablations.planning import build_cells, evaluation_keys, evaluation_seconds, suite_folder, with_seconds, write_job
-    from ablations.record import FAILED, FINISHED, claimed, state_of
-    from ablations.runner import Runner
-    from ablations.show import plan_table
+    from ablations.suites.composing import Composer
+    from ablations.suites.planning import build_cells, evaluation_keys, evaluation_seconds, suite_folder, with_seconds, write_job
+    from ablations.suites.record import FAILED, FINISHED, claimed, state_of
+    from ablations.suites.runner import Runner
+    from ablations.suites.show import plan_table
 
     suite = config.suite
     assert suite is not None
@@ -201,7 +201,7 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
     if dry:
         return 0
     place.save(asdict(suite), config.scale_name, [a for a in [*sys.argv[1:], *_EXTRA] if not a.startswith("action=")], cells)
-    from ablations.launchers import make_launcher
+    from ablations.suites.launchers import make_launcher
 
     launcher = make_launcher(config.launcher, place.folder, gpus)
     local = config.launcher.kind == "local" and not gpus
@@ -235,7 +235,7 @@ def _named(suite: str, config: RunConfig, place: Path) -> list[str]:
 
 def _prepare_corpora(suite: SuiteConfig, scale: str, extra: Sequence[str]) -> None:
     """Hashes need the corpora, so they are prepared first."""
-    from ablations.suite import plan_cells
+    from ablations.suites.suite import plan_cells
     from data_pipelines.prepare import ensure_corpus
 
     for name in dict.fromkeys(cell.config.data.corpus for cell in plan_cells(suite, scale, extra=extra)):
@@ -243,7 +243,7 @@ def _prepare_corpora(suite: SuiteConfig, scale: str, extra: Sequence[str]) -> No
 
 
 def _fits(cells: Sequence[Any], gpus: int) -> bool:
-    from ablations.calibrate import LARGEST
+    from ablations.suites.calibrate import LARGEST
 
     return gpus > 0 or max(cell.cost["parameters"] for cell in cells) <= LARGEST
 
@@ -274,11 +274,11 @@ def available_memory() -> float:
 
 
 def _status(place: Any) -> int:
-    from ablations.matching import marks
-    from ablations.planning import evaluation_keys
-    from ablations.record import state_of
-    from ablations.show import Tally, status_table
-    from ablations.suite import EvaluationConfig
+    from ablations.suites.matching import marks
+    from ablations.suites.planning import evaluation_keys
+    from ablations.suites.record import state_of
+    from ablations.suites.show import Tally, status_table
+    from ablations.suites.suite import EvaluationConfig
 
     plan, cells = place.plan(), place.cells()
     keys = evaluation_keys(EvaluationConfig(**plan["suite"]["evaluation"]))
@@ -297,7 +297,7 @@ def _resume(place: Any) -> int:
 
 
 def _list() -> int:
-    from ablations.record import SuiteFolder, suites_folder
+    from ablations.suites.record import SuiteFolder, suites_folder
 
     found = sorted(suites_folder().glob("*/plan.json"))
     for path in found:

@@ -1,7 +1,7 @@
 """`python -m ablations.table`: what each variant scores, how sure that is, and how it differs from the baseline.
 
-runs=[...]      runs + results -> Selection (selection.py) -> Table (building.py) -> Markdown, CSV (render.py), LaTeX (latex.py)
-suite=NAME      a suite's folder -> SuiteTable (suite_table.py) -> the same with axes (suite_text.py), and report.html
+runs=[...]      runs + results -> Selection -> Table (tables/building.py) -> Markdown, CSV (render.py), LaTeX (latex.py)
+suite=NAME      a suite's folder -> SuiteTable (tables/suite_table.py) -> the same with axes (suite_text.py), and report.html
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ablations.building import build
-from ablations.cells import Block, Table
-from ablations.selection import select
+from ablations.tables.building import build
+from ablations.tables.selection import select
 from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
 from mm1.run import write_atomically
-
-__all__ = ["Block", "Table", "TableConfig", "build", "main"]
 
 FILES = ("table.md", "table.csv", "table.tex")
 
@@ -82,9 +79,9 @@ def _main(config: TableConfig) -> None:
 
 
 def _runs(config: TableConfig) -> None:
-    from ablations.latex import render_latex
-    from ablations.render import render_csv, render_markdown, title_of
-    from ablations.sections import table_sections
+    from ablations.tables.latex import render_latex
+    from ablations.tables.render import render_csv, render_markdown, title_of
+    from ablations.tables.sections import table_sections
 
     selection = select(config.runs, baseline=config.baseline, evaluation=config.evaluation)
     table = build(selection, config.shots, interval=config.interval, match_within=config.match_within)
@@ -97,11 +94,11 @@ def _runs(config: TableConfig) -> None:
 
 
 def _suite(config: TableConfig) -> None:
-    from ablations.composing import step_overrides
-    from ablations.planning import suite_folder
-    from ablations.report import write_report
-    from ablations.suite_table import suite_table
-    from ablations.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown
+    from ablations.report.write import write_report
+    from ablations.suites.composing import step_overrides
+    from ablations.suites.planning import suite_folder
+    from ablations.tables.suite_table import suite_table
+    from ablations.tables.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown
 
     assert config.suite_name is not None
     extra = [*_EXTRA, *step_overrides(config.scale_name, config.steps, _EXTRA)]
@@ -141,8 +138,8 @@ def gathered(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(arguments of this command, overrides of a suite's cells). What only ablations.run knows is dropped, and that is said."""
     if not any(argument.startswith("suite=") for argument in arguments):
         return list(arguments), []
-    from ablations.composing import named
     from ablations.run import RunConfig
+    from ablations.suites.composing import named
 
     mine = {f.name for f in fields(TableConfig)}
     others = {f.name for f in fields(RunConfig)} - mine

@@ -94,9 +94,9 @@ def write_results(folder: Path, cell: Any, texts: Texts, rng: Any) -> None:
 
 def write_suite(seeds: int, texts: Texts) -> str:
     """A started suite in which every cell is finished; its name."""
-    from ablations.planning import evaluation_keys, suite_folder
-    from ablations.record import SuiteCell, update_record
-    from ablations.suite import SuiteConfig
+    from ablations.suites.planning import evaluation_keys, suite_folder
+    from ablations.suites.record import SuiteCell, update_record
+    from ablations.suites.suite import SuiteConfig
     from data_pipelines import paths
 
     rows = CELLS // seeds
@@ -139,8 +139,8 @@ def run_record(cell: Any) -> dict[str, Any]:
 
 def table_row(case: str, seeds: int, repeats: int, texts: Texts) -> Row:
     from ablations.results import read_run
-    from ablations.suite_table import suite_table
-    from ablations.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown
+    from ablations.tables.suite_table import suite_table
+    from ablations.tables.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown
 
     name = write_suite(seeds, texts)
 
@@ -170,12 +170,12 @@ def table_row(case: str, seeds: int, repeats: int, texts: Texts) -> Row:
 
 
 def plan_row(repeats: int) -> Row:
-    """Without a corpus, what a sequence holds is assumed (ablations/cost.py): the same work but for reading the corpus."""
-    from ablations.composing import Composer
-    from ablations.planning import build_cells, evaluation_keys, suite_folder
-    from ablations.record import state_of
-    from ablations.show import plan_table, status_table
-    from ablations.suite import SuiteConfig
+    """Without a corpus, what a sequence holds is assumed (ablations/suites/cost.py): the same work but for reading the corpus."""
+    from ablations.suites.composing import Composer
+    from ablations.suites.planning import build_cells, evaluation_keys, suite_folder
+    from ablations.suites.record import state_of
+    from ablations.suites.show import plan_table, status_table
+    from ablations.suites.suite import SuiteConfig
     from configs.command import compose
     from mm1.config import TrainConfig
 

@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 
 from ablations import statistics as st
-from ablations.planning import evaluation_key, suite_folder
-from ablations.record import SuiteCell, SuiteFolder, update_record
-from ablations.suite import SuiteConfig, baseline_choice, label_of, variants_at
+from ablations.suites.planning import evaluation_key, suite_folder
+from ablations.suites.record import SuiteCell, SuiteFolder, update_record
+from ablations.suites.suite import SuiteConfig, baseline_choice, label_of, variants_at
 from data_pipelines import paths
 
 TASKS = {"captions": ("cider_d", "captioning", None), "colours": ("vqa_official", "vqa", 12.5)}

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from ablations import statistics as st
-from ablations.answers import collect
-from ablations.building import Options, build_from
-from ablations.effects import effects_of
-from ablations.record import SuiteCell
 from ablations.results import read_run
-from ablations.selection import Selection, Variant
-from ablations.suite_table import SuiteRow, SuiteTable
+from ablations.suites.record import SuiteCell
+from ablations.tables.answers import collect
+from ablations.tables.building import Options, build_from
+from ablations.tables.effects import effects_of
+from ablations.tables.selection import Selection, Variant
+from ablations.tables.suite_table import SuiteRow, SuiteTable
 from tests.test_table import Folders
 
 Choice = Mapping[str, str]

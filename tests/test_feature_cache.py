@@ -392,7 +392,7 @@ def test_the_bound_must_be_a_size_and_is_in_no_hash() -> None:
 
 
 def test_a_plan_pays_a_frozen_encoder_once(corpus: Path) -> None:
-    from ablations import calibrate, cost
+    from ablations.suites import calibrate, cost
 
     def config(*more: str) -> TrainConfig:
         return compose("train", TrainConfig, [*TRAIN_OVERRIDES, f"data.corpus={corpus}", *more])
@@ -420,7 +420,7 @@ def test_a_plan_pays_a_frozen_encoder_once(corpus: Path) -> None:
 
 
 def test_calibration_times_a_frozen_encoder_with_and_without_its_work(corpus: Path) -> None:
-    from ablations import calibrate
+    from ablations.suites import calibrate
 
     def config(*more: str) -> TrainConfig:
         return compose("train", TrainConfig, [*TRAIN_OVERRIDES, f"data.corpus={corpus}", *more])

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ablations import plots
 from ablations.results import Run, read_run
-from ablations.selection import select
-from ablations.table import build
+from ablations.tables.building import build
+from ablations.tables.selection import select
 from configs.errors import UserError
 from data_pipelines.shards import Manifest, SplitWriter, Task
 from tests.test_table import Folders, answers

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ablations import report_samples
 from ablations.law import Optimum, best_rate, fit
-from ablations.report import write_report
-from ablations.report_curves import extent_of, thinned, training_of
-from ablations.report_figures import in_order, pareto
-from ablations.report_svg import log_ticks, ticks
-from ablations.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
-from ablations.suite_table import SuiteTable
+from ablations.report import samples as report_samples
+from ablations.report.curves import extent_of, thinned, training_of
+from ablations.report.figures import in_order, pareto
+from ablations.report.svg import log_ticks, ticks
+from ablations.report.write import write_report
+from ablations.tables.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
+from ablations.tables.suite_table import SuiteTable
 from data_pipelines.shards import Manifest, SplitWriter, Task
 from tests.browser import Browser, find_browser
 from tests.suite_tables import MadeSuite, plain_tasks, suite_of

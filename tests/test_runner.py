@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from ablations import record as records
-from ablations.launchers import LauncherConfig, LocalLauncher, SubmititLauncher, make_launcher, submitit_executor
-from ablations.record import RECORD_VERSION, SuiteCell, SuiteFolder, claim, state_of, suites_folder, update_record
-from ablations.runner import Runner
+from ablations.suites import record as records
+from ablations.suites.launchers import LauncherConfig, LocalLauncher, SubmititLauncher, make_launcher, submitit_executor
+from ablations.suites.record import RECORD_VERSION, SuiteCell, SuiteFolder, claim, state_of, suites_folder, update_record
+from ablations.suites.runner import Runner
 from configs.errors import UserError
 from data_pipelines import paths
 from mm1.run import Run, write_atomically
@@ -352,7 +352,7 @@ def each_turn(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
         do()
         sleep(seconds)
 
-    monkeypatch.setattr("ablations.runner.time.sleep", turn)
+    monkeypatch.setattr("ablations.suites.runner.time.sleep", turn)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:

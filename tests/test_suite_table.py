@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 
 from ablations import statistics as st
-from ablations.answers import ScoreReader
-from ablations.composing import step_overrides
-from ablations.latex import LONG, escaped, render_latex
 from ablations.law import fit, optima_of
-from ablations.planning import evaluation_key, suite_folder
-from ablations.render import CSV_COLUMNS, aligned
 from ablations.results import read_run
-from ablations.sections import Section
-from ablations.suite import EvaluationConfig, SuiteConfig
-from ablations.suite_table import SuiteTable, suite_table
-from ablations.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown, suite_sections
+from ablations.suites.composing import step_overrides
+from ablations.suites.planning import evaluation_key, suite_folder
+from ablations.suites.suite import EvaluationConfig, SuiteConfig
+from ablations.tables.answers import ScoreReader
+from ablations.tables.latex import LONG, escaped, render_latex
+from ablations.tables.render import CSV_COLUMNS, aligned
+from ablations.tables.sections import Section
+from ablations.tables.suite_table import SuiteTable, suite_table
+from ablations.tables.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown, suite_sections
 from configs.errors import UserError
 from tests.suite_folders import TASKS, Study
 

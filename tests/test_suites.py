@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from ablations import cost, run
-from ablations.composing import Composer, step_overrides
+from ablations import run
 from ablations.law import MM1, Optimum, best_rate, fit
-from ablations.matching import marks, match, mismatch
-from ablations.planning import build_cells, suite_cells
-from ablations.suite import SCALES, PlannedCell, SuiteConfig, changed_keys, load_suite, plan_cells, suite_names
+from ablations.suites import cost
+from ablations.suites.composing import Composer, step_overrides
+from ablations.suites.matching import marks, match, mismatch
+from ablations.suites.planning import build_cells, suite_cells
+from ablations.suites.suite import SCALES, PlannedCell, SuiteConfig, changed_keys, load_suite, plan_cells, suite_names
 from configs import CONFIG_DIR
 from configs.command import compose
 from configs.errors import UserError
@@ -146,7 +147,7 @@ def test_a_variant_that_stands_twice_in_a_file(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "suite").mkdir()
     text = (CONFIG_DIR / "suite" / "freeze.yaml").read_text()
     (tmp_path / "suite" / "freeze.yaml").write_text(text.replace("    frozen:", "    slow:"))
-    monkeypatch.setattr("ablations.suite.CONFIG_DIR", tmp_path)
+    monkeypatch.setattr("ablations.suites.suite.CONFIG_DIR", tmp_path)
     with pytest.raises(UserError, match=r"freeze\.yaml.*duplicate key slow"):
         load_suite("freeze")
     with pytest.raises(UserError, match=r"there is no .*Suites: freeze"):

@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from ablations import statistics as st
-from ablations.render import CSV_COLUMNS, aligned, duration, render_csv, render_markdown, si
 from ablations.results import find_runs, read_jsonl, read_run
-from ablations.selection import select
-from ablations.table import Table, build
+from ablations.tables.building import build
+from ablations.tables.cells import Table
+from ablations.tables.render import CSV_COLUMNS, aligned, duration, render_csv, render_markdown, si
+from ablations.tables.selection import select
 from configs.errors import UserError
 
 TASKS = {"colours": ("vqa_official", "vqa", 12.5), "captions": ("cider_d", "captioning", None)}
@@ -480,5 +481,5 @@ def test_the_command_prints_and_writes_the_same_table(two: Folders, tmp_path: Pa
 
 
 def test_help_loads_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, ablations.render, ablations.plots; print({'torch', 'matplotlib', 'hydra'} & set(sys.modules))"
+    code = "import sys, ablations.tables.render, ablations.plots; print({'torch', 'matplotlib', 'hydra'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"

@@ -3,7 +3,7 @@
     tokens, images, flops    steps = baseline's steps x (a baseline's step holds) / (this cell's step holds)
     steps                    as configured
 
-A step of another packing, mixture or number of image tokens holds other amounts (ablations/cost.py measures it on the corpus), so
+A step of another packing, mixture or number of image tokens holds other amounts (cost.py measures it on the corpus), so
 equal steps are not equal data. Within half a per cent the steps stay as they are. The warm-up keeps its share of the steps.
 
 What a run really consumed stands in its run.json; `mismatch` compares that, and rows that are more than a per cent off are
@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ablations.cost import cost_of
-from ablations.suite import PlannedCell, SuiteConfig
+from ablations.suites.cost import cost_of
+from ablations.suites.suite import PlannedCell, SuiteConfig
 from configs.errors import UserError
 from mm1.config import TrainConfig
 

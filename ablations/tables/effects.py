@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ablations import statistics as st
-from ablations.answers import Answers, Collected, Key
-from ablations.cells import Table
-from ablations.comparing import compared, difference_of
+from ablations.tables.answers import Answers, Collected, Key
+from ablations.tables.cells import Table
+from ablations.tables.comparing import compared, difference_of
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ablations import report_tables as tables
-from ablations.record import SuiteFolder, suites_folder
-from ablations.render import duration, si
-from ablations.report_curves import FEW_POINTS, POINTS, Training, held_out, law_figures, loss_figures, training_of
-from ablations.report_figures import MANY, Layout, cost, scores
-from ablations.report_forest import forest, main_effects
-from ablations.report_page import Section, page, tabs
-from ablations.report_samples import samples
-from ablations.report_svg import figure
-from ablations.suite_table import SuiteTable
+from ablations.report import tables
+from ablations.report.curves import FEW_POINTS, POINTS, Training, held_out, law_figures, loss_figures, training_of
+from ablations.report.figures import MANY, Layout, cost, scores
+from ablations.report.forest import forest, main_effects
+from ablations.report.page import Section, page, tabs
+from ablations.report.samples import samples
+from ablations.report.svg import figure
+from ablations.suites.record import SuiteFolder, suites_folder
+from ablations.tables.render import duration, si
+from ablations.tables.suite_table import SuiteTable
 from data_pipelines.page import safe
 from mm1.run import write_atomically
 

@@ -13,18 +13,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from ablations.answers import collect
-from ablations.building import Options, build_from, check_interval
-from ablations.cells import Table
-from ablations.effects import Effects, effects_of
-from ablations.finished import Done, finished_cells, one_protocol, variant
-from ablations.matching import COUNTERS, marks
-from ablations.planning import suite_folder
-from ablations.record import SuiteCell, SuiteFolder
 from ablations.results import Run
-from ablations.selection import Selection
-from ablations.suite import SCALES, EvaluationConfig, SuiteConfig, load_suite, variants_at
-from ablations.suite_extras import LawGrid, Textcore, law_grid, textcore_of
+from ablations.suites.matching import COUNTERS, marks
+from ablations.suites.planning import suite_folder
+from ablations.suites.record import SuiteCell, SuiteFolder
+from ablations.suites.suite import SCALES, EvaluationConfig, SuiteConfig, load_suite, variants_at
+from ablations.tables.answers import collect
+from ablations.tables.building import Options, build_from, check_interval
+from ablations.tables.cells import Table
+from ablations.tables.effects import Effects, effects_of
+from ablations.tables.finished import Done, finished_cells, one_protocol, variant
+from ablations.tables.selection import Selection
+from ablations.tables.suite_extras import LawGrid, Textcore, law_grid, textcore_of
 from configs.errors import UserError
 
 LISTED = 40

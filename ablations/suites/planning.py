@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ablations.composing import Composer
-from ablations.cost import check_sources, cost_of, fingerprint
-from ablations.matching import match
-from ablations.record import RECORD_VERSION, SuiteCell, SuiteFolder, runs_by_hash, suites_folder
-from ablations.suite import EvaluationConfig, PlannedCell, SuiteConfig, load_suite, plan_cells
+from ablations.suites.composing import Composer
+from ablations.suites.cost import check_sources, cost_of, fingerprint
+from ablations.suites.matching import match
+from ablations.suites.record import RECORD_VERSION, SuiteCell, SuiteFolder, runs_by_hash, suites_folder
+from ablations.suites.suite import EvaluationConfig, PlannedCell, SuiteConfig, load_suite, plan_cells
 from configs.errors import UserError
 from data_pipelines import paths
 from mm1.run import write_atomically
@@ -103,7 +103,7 @@ def with_seconds(
     cells: Sequence[SuiteCell], composer: Composer, *, threads: int, processes: int, measure: bool
 ) -> list[SuiteCell]:
     """The cells with `seconds` of training in their cost, where they are known (calibrate.py, or a finished seed of the cell)."""
-    from ablations.calibrate import OVERHEAD, seconds_per_flop
+    from ablations.suites.calibrate import OVERHEAD, seconds_per_flop
 
     kinds = list({cell.label: cell for cell in cells}.values())
     taken = {cell.label: float(cell.run.info.get("seconds", 0)) for cell in cells if cell.trained}

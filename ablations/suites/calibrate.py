@@ -1,4 +1,4 @@
-"""Time on this machine, from a few real training steps of each kind of cell: `python -m ablations.calibrate JOB.json`.
+"""Time on this machine, from a few real training steps of each kind of cell: `python -m ablations.suites.calibrate JOB.json`.
 
 Measured on the corpus's own batches, with as many processes at once and threads each as the runner will use, for two processes
 share memory bandwidth and caches. Seconds a FLOP of a cell are kept under <home>/cache/steps by what decides them: the
@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ablations.cost import Cache, corpus_folder, cost_of, encoded_images, fingerprint
+from ablations.suites.cost import Cache, corpus_folder, cost_of, encoded_images, fingerprint
 from configs.errors import UserError
 from mm1.config import TrainConfig
 
@@ -108,7 +108,7 @@ def _measure(cells: Sequence[Sequence[str]], threads: int, processes: int) -> li
         job = Path(folder) / "job.json"
         job.write_text(json.dumps({"cells": [list(overrides) for overrides in cells], "threads": threads}))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "ablations.calibrate", str(job)]
+        command = [sys.executable, "-m", "ablations.suites.calibrate", str(job)]
         running = [
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for _ in range(processes)
@@ -201,7 +201,7 @@ def _timed(
 
 
 def main(arguments: Sequence[str]) -> None:
-    from ablations.composing import Composer
+    from ablations.suites.composing import Composer
 
     job: Mapping[str, Any] = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     composer = Composer()

@@ -7,8 +7,8 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ablations.cells import Block, Cell, Resources, Row, Table
-from ablations.sections import Section, duration, si, table_sections
+from ablations.tables.cells import Block, Cell, Resources, Row, Table
+from ablations.tables.sections import Section, duration, si, table_sections
 
 __all__ = ["CSV_COLUMNS", "aligned", "duration", "markdown", "render_csv", "render_markdown", "si"]
 

@@ -1,4 +1,4 @@
-"""One cell in one process: `python -m ablations.execute JOB.json` trains it and then evaluates it, command by command.
+"""One cell in one process: `python -m ablations.suites.execute JOB.json` trains it and then evaluates it, command by command.
 
 A job is a list of commands with the log they write to and the record they report to. What is done is skipped, so a job can be
 given again after any interruption. SIGTERM and Ctrl-C go on to the command that runs (training saves and stops); if this process
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ablations.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_object, update_record
+from ablations.suites.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_object, update_record
 from mm1.run import Run
 
 STOPPED = 130

@@ -15,8 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ablations.cells import Block, Cell, Row
-from ablations.report_svg import (
+from ablations.report.svg import (
     CHARACTER,
     Panel,
     brief,
@@ -33,6 +32,7 @@ from ablations.report_svg import (
     ticks,
 )
 from ablations.statistics import t_quantile
+from ablations.tables.cells import Block, Cell, Row
 from data_pipelines.page import safe
 
 MANY = 40

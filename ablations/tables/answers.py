@@ -20,7 +20,7 @@ import numpy as np
 
 from ablations import statistics as st
 from ablations.results import MEAN_TOLERANCE, Evaluation, Run
-from ablations.selection import Selection, Variant
+from ablations.tables.selection import Selection, Variant
 from configs.errors import UserError
 
 Key = tuple[str, int]

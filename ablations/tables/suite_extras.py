@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ablations.law import Law, fit, held_out_loss, optima_of
-from ablations.record import SuiteCell
 from ablations.results import Run
+from ablations.suites.record import SuiteCell
 from configs.errors import UserError
 
 

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ablations.planning import evaluation_keys
-from ablations.record import DAMAGED, SuiteCell, SuiteFolder, state_of
 from ablations.results import Evaluation, Run, read_evaluation, read_run, with_repeats
-from ablations.selection import Variant
-from ablations.suite import SuiteConfig
+from ablations.suites.planning import evaluation_keys
+from ablations.suites.record import DAMAGED, SuiteCell, SuiteFolder, state_of
+from ablations.suites.suite import SuiteConfig
+from ablations.tables.selection import Variant
 from configs.errors import UserError
 
 SHOWN = 10

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ablations.cells import Row
-from ablations.effects import Effect, Grid
-from ablations.latex import render_latex
-from ablations.render import CSV_COLUMNS, markdown, render_csv
-from ablations.sections import Section, number, table_sections
-from ablations.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
-from ablations.suite_table import SuiteTable
+from ablations.tables.cells import Row
+from ablations.tables.effects import Effect, Grid
+from ablations.tables.latex import render_latex
+from ablations.tables.render import CSV_COLUMNS, markdown, render_csv
+from ablations.tables.sections import Section, number, table_sections
+from ablations.tables.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
+from ablations.tables.suite_table import SuiteTable
 
 
 def title_of(found: SuiteTable) -> str:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ablations.composing import Composer, first_line, override_key
+from ablations.suites.composing import Composer, first_line, override_key
 from configs import CONFIG_DIR
 from configs.command import register
 from configs.errors import UserError
@@ -76,7 +76,7 @@ class SuiteConfig:
     baseline: dict[str, Any] = field(default_factory=dict)
     """The cell the others are compared with: axis -> variant, or that by scale. Axes left out: their first variant."""
     matching: str = "tokens"
-    """What all cells consume alike: tokens, images, flops or steps; see ablations/matching.py."""
+    """What all cells consume alike: tokens, images, flops or steps; see ablations/suites/matching.py."""
     changes: dict[str, list[str]] = field(default_factory=dict)
     """Axis -> sections or keys it changes beside or beyond one section."""
     seeds: int = 1

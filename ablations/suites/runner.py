@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from ablations.launchers import Handle, Launcher
-from ablations.record import (
+from ablations.suites.launchers import Handle, Launcher
+from ablations.suites.record import (
     DAMAGED,
     FAILED,
     FINISHED,
@@ -37,7 +37,7 @@ from ablations.record import (
     state_of,
     update_record,
 )
-from ablations.show import Live, Tally
+from ablations.suites.show import Live, Tally
 
 POLL = 0.5
 GRACE = 120.0

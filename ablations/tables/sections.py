@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ablations.cells import Block, Cell, Resources, Row, Table
+from ablations.tables.cells import Block, Cell, Resources, Row, Table
 
 
 @dataclass

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from ablations.record import DAMAGED, FAILED, FINISHED, INTERRUPTED, RUNNING, TRAINED, WAITING, State, SuiteCell
-from ablations.render import aligned, duration, si
+from ablations.suites.record import DAMAGED, FAILED, FINISHED, INTERRUPTED, RUNNING, TRAINED, WAITING, State, SuiteCell
+from ablations.tables.render import aligned, duration, si
 
 ORDER = (FINISHED, RUNNING, TRAINED, INTERRUPTED, WAITING, FAILED, DAMAGED)
 
@@ -91,9 +91,7 @@ def plan_table(cells: Sequence[SuiteCell], states: Sequence[State], *, dollars_a
             text += f", {hours * devices * dollars_an_hour:,.0f} dollars at {dollars_an_hour:g} a device hour"
         lines.append(text + ".")
     if any(cell.cost.get("assumed") for cell in cells):
-        lines.append(
-            "The corpus is not prepared here: what a sequence holds is assumed (ablations/cost.py), hashes are provisional."
-        )
+        lines.append("The corpus is not prepared here: what a sequence holds is assumed, hashes are provisional.")
     return "\n".join(lines)
 
 

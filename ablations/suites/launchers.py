@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ablations.execute import CLAIM, end_with_parent
+from ablations.suites.execute import CLAIM, end_with_parent
 from configs.command import register
 from configs.errors import UserError
 
@@ -101,7 +101,7 @@ class LocalLauncher:
         if self.gpus:
             chosen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
             environment["CUDA_VISIBLE_DEVICES"] = chosen[slot % len(chosen)] if chosen != [""] else str(slot % self.gpus)
-        return Process([sys.executable, "-m", "ablations.execute", str(job)], environment, claim)
+        return Process([sys.executable, "-m", "ablations.suites.execute", str(job)], environment, claim)
 
 
 class HostfileLauncher(LocalLauncher):
@@ -148,7 +148,7 @@ class SubmititLauncher:
         self.folder = folder
 
     def start(self, job: Path, name: str, claim: int, slot: int) -> Handle:
-        from ablations.execute import execute
+        from ablations.suites.execute import execute
 
         noted = job.with_suffix(".submitted")
         if noted.is_file():

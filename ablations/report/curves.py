@@ -17,8 +17,8 @@ import numpy as np
 
 from ablations.law import MM1, held_out_loss
 from ablations.plots import LOSSES, smooth
-from ablations.report_figures import MANY, Layout, Place
-from ablations.report_svg import (
+from ablations.report.figures import MANY, Layout, Place
+from ablations.report.svg import (
     Panel,
     brief,
     colour,
@@ -32,8 +32,8 @@ from ablations.report_svg import (
     shortened,
     ticks,
 )
-from ablations.suite_extras import LawGrid, LossCell
-from ablations.suite_table import SuiteRow
+from ablations.tables.suite_extras import LawGrid, LossCell
+from ablations.tables.suite_table import SuiteRow
 from data_pipelines.page import safe
 from mm1.run import Run as TrainingRun
 

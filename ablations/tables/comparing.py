@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from ablations import statistics as st
-from ablations.answers import Answers, Key
-from ablations.cells import Cell
+from ablations.tables.answers import Answers, Key
+from ablations.tables.cells import Cell
 
 
 @dataclass

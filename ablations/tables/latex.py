@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ablations.sections import Section
+from ablations.tables.sections import Section
 
 LONG = 40
 """Rows from which a table runs over pages."""

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ablations.cells import Block
-from ablations.effects import Effects
-from ablations.report_figures import MANY
-from ablations.report_svg import Panel, figure, label_margin, linear, padded, shortened, ticks
+from ablations.report.figures import MANY
+from ablations.report.svg import Panel, figure, label_margin, linear, padded, shortened, ticks
 from ablations.statistics import Difference
+from ablations.tables.cells import Block
+from ablations.tables.effects import Effects
 from data_pipelines.page import safe
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablations.plots import evaluated_tasks, verdict
-from ablations.report_svg import label_html
+from ablations.report.svg import label_html
 from ablations.results import Evaluation
-from ablations.selection import Selection
+from ablations.tables.selection import Selection
 from configs.errors import UserError
 from data_pipelines.page import safe
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from ablations.cells import Block, Cell, Resources, Row
-from ablations.render import duration, si
-from ablations.report_curves import Training
-from ablations.report_svg import label_html
-from ablations.suite_extras import Textcore, TextcoreCell
-from ablations.suite_table import SuiteRow, SuiteTable
+from ablations.report.curves import Training
+from ablations.report.svg import label_html
+from ablations.tables.cells import Block, Cell, Resources, Row
+from ablations.tables.render import duration, si
+from ablations.tables.suite_extras import Textcore, TextcoreCell
+from ablations.tables.suite_table import SuiteRow, SuiteTable
 from data_pipelines.page import safe
 from mm1.run import config_differences
 

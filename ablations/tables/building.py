@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ablations import statistics as st
-from ablations.answers import Collected, Key, collect, demonstration_seeds
-from ablations.cells import Block, Cell, Detectable, Resources, Row, Table
-from ablations.comparing import Compared, cell_of, compared
-from ablations.selection import Selection, Variant
+from ablations.tables.answers import Collected, Key, collect, demonstration_seeds
+from ablations.tables.cells import Block, Cell, Detectable, Resources, Row, Table
+from ablations.tables.comparing import Compared, cell_of, compared
+from ablations.tables.selection import Selection, Variant
 from configs.errors import UserError
 
 

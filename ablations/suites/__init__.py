@@ -1,0 +1,1 @@
+"""Suites: composed, matched, costed, run as processes, and what is known of every cell."""
