@@ -104,6 +104,14 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
     return out
 
 
+def logged(rows: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, float]]:
+    """(step, nats a token) of one kind of data. A last row over fewer steps than the others, which is mostly noise, is no point
+    of a curve."""
+    if len(rows) > 2 and rows[-1]["step"] - rows[-2]["step"] < rows[1]["step"] - rows[0]["step"]:
+        rows = rows[:-1]
+    return [(row["step"], row[kind]) for row in rows if kind in row]
+
+
 def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool = False) -> list[Path]:
     """Training loss (nats a token) over steps: one panel a kind of data, one line a run; `window` logged steps of smoothing (0: a
     tenth of the run). Writes PATH.png and PATH.svg and returns them. Raises UserError if a run has logged nothing."""
@@ -120,7 +128,7 @@ def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool
         for panel, kind in zip(panels[0], kinds, strict=True):
             low, high = np.inf, 0.0
             for number, run in enumerate(runs):
-                points = [(r["step"], r[kind]) for r in records[run.label] if kind in r]
+                points = logged(records[run.label], kind)
                 if not points:
                     continue
                 steps, losses = zip(*points, strict=True)

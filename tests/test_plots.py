@@ -49,6 +49,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return read_run(folder)
 
 
+def test_a_last_row_over_fewer_steps_is_no_point() -> None:
+    rows = [{"step": step, "loss": 1.0, **({"loss_text": 2.0} if step != 10 else {})} for step in (5, 10, 15, 17)]
+    assert [step for step, _ in plots.logged(rows, "loss")] == [5, 10, 15]
+    assert plots.logged(rows, "loss_text") == [(5, 2.0), (15, 2.0)]
+    assert [step for step, _ in plots.logged(rows[:3], "loss")] == [5, 10, 15]
+
+
 def test_smoothing_neither_lags_nor_bends() -> None:
     line = np.arange(50) * -0.1 + 7
     assert plots.smooth(list(line), 11) == pytest.approx(line), "a trailing mean would lie above a falling line"

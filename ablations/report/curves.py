@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ablations.law import MM1, held_out_loss
-from ablations.plots import LOSSES, smooth
+from ablations.plots import LOSSES, logged, smooth
 from ablations.report.figures import MANY, Layout, Place
 from ablations.report.svg import (
     Panel,
@@ -77,9 +77,9 @@ def training_of(row: SuiteRow, points: int = POINTS) -> Training:
         if len(lines) < 2:
             made.unlogged.append(run.label)
         for kind in LOSSES:
-            logged = [(line["step"], line[kind]) for line in lines if kind in line and math.isfinite(line[kind])]
-            if len(logged) > 1:
-                made.curves.setdefault(kind, []).append(thinned([p[0] for p in logged], [p[1] for p in logged], points))
+            found = [(step, loss) for step, loss in logged(lines, kind) if math.isfinite(loss)]
+            if len(found) > 1:
+                made.curves.setdefault(kind, []).append(thinned([p[0] for p in found], [p[1] for p in found], points))
     return made
 
 

@@ -23,7 +23,7 @@ from ablations.report.forest import forest, main_effects
 from ablations.report.page import Section, page, tabs
 from ablations.report.samples import samples
 from ablations.report.svg import figure
-from ablations.suites.record import SuiteFolder, suites_folder
+from ablations.suites.record import suites_folder
 from ablations.tables.render import duration, si
 from ablations.tables.suite_table import SuiteTable
 from data_pipelines.page import safe
@@ -37,7 +37,7 @@ def write_report(suite: SuiteTable, path: Path) -> Path:
     """Write the page to `path` and return it. Raises UserError where a run's record, losses or answers are damaged."""
     points = POINTS if len(suite.rows) <= MANY else FEW_POINTS
     trainings = [training_of(row, points) for row in suite.rows]
-    text = page(f"Suite {suite.name}, scale {suite.scale}", _head(suite, path), _sections(suite, trainings))
+    text = page(f"Suite {suite.name}, scale {suite.scale}", _head(suite), _sections(suite, trainings))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)
     return path
@@ -46,7 +46,7 @@ def write_report(suite: SuiteTable, path: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------------- head
 
 
-def _head(suite: SuiteTable, path: Path) -> str:
+def _head(suite: SuiteTable) -> str:
     table = suite.table
     seeds = sorted({seed for r in table.resources for seed in r.seeds})
     drawn = sorted({seed for v in suite.selection.variants for e in v.evaluations for seed in e.demonstration_seeds})
@@ -66,7 +66,7 @@ def _head(suite: SuiteTable, path: Path) -> str:
     }
     listed = "".join(f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
     about = f'<p class="about">{safe(" ".join(suite.about.split()))}</p>' if suite.about else ""
-    commands = safe("\n".join(_commands(suite, path)))
+    commands = safe("\n".join(_commands(suite)))
     return f"{about}<dl class='facts'>{listed}</dl>{_missing(suite.missing)}<pre>{commands}</pre>"
 
 
@@ -85,27 +85,15 @@ def _missing(missing: Sequence[str]) -> str:
     return f'<div class="banner missing">{head}{items}</div>'
 
 
-def _commands(suite: SuiteTable, path: Path) -> list[str]:
-    """How to get these results and this report again: the arguments of the suite's plan, where its folder is found."""
+def _commands(suite: SuiteTable) -> list[str]:
+    """How to get these results and this report again."""
     named = [f"suite={suite.name}", f"scale={suite.scale}"]
-    found = _plan(suite, path)
-    if found is None:
-        return [f"python -m ablations.{command} {shlex.join(named)}" for command in ("run", "table")]
-    place, arguments = found
-    if place.name != f"{suite.name}-{suite.scale}":
-        named.append(f"folder={place.name if place.parent == suites_folder() else place}")
-    return [f"python -m ablations.run {shlex.join(arguments)}", f"python -m ablations.table {shlex.join(named)}"]
-
-
-def _plan(suite: SuiteTable, path: Path) -> tuple[Path, list[str]] | None:
-    """The suite's folder and the arguments it was started with: above the page, or under its plain name; known by its cells."""
-    hashes = {cell.hash for row in suite.rows for cell in row.cells}
-    for place in (path.parent, path.parent.parent, suites_folder() / f"{suite.name}-{suite.scale}"):
-        if (place / "plan.json").is_file():
-            plan = SuiteFolder(place).plan()
-            if hashes <= {cell["hash"] for cell in plan["cells"]}:
-                return place.resolve(), [str(argument) for argument in plan["arguments"]]
-    return None
+    started = named
+    if suite.place is not None:
+        folder, started = suite.place.folder, [str(argument) for argument in suite.place.plan()["arguments"]]
+        if folder.name != f"{suite.name}-{suite.scale}":
+            named = [*named, f"folder={folder.name if folder.parent == suites_folder() else folder}"]
+    return [f"python -m ablations.run {shlex.join(started)}", f"python -m ablations.table {shlex.join(named)}"]
 
 
 # ------------------------------------------------------------------------------------------------------------- sections

@@ -67,6 +67,8 @@ class SuiteTable:
     effects: Effects | None = None
     textcore: Textcore | None = None
     law: LawGrid | None = None
+    place: SuiteFolder | None = None
+    """Where the suite is."""
 
     def row(self, label: str) -> SuiteRow:
         """KeyError where no seed of that label is finished."""
@@ -138,6 +140,7 @@ def suite_table(
         selection=selection,
         missing=missing,
         effects=effects_of(held, table, axes, {row.label: row.choice for row in rows}, first.label),
+        place=place,
     )
     if config.evaluation.textcore is not None:
         found.textcore = textcore_of({row.label: row.runs for row in rows}, config.evaluation.textcore, first.label)
