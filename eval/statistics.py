@@ -47,7 +47,11 @@ class Estimate:
 
 
 def cluster_numbers(clusters: Iterable[Hashable] | Array) -> tuple[Array, int]:
-    """(number of its cluster for each item, int64 (n,); how many clusters there are)."""
+    """(number of its cluster for each item, int64 (n,), in order of appearance; how many clusters there are)."""
+    if isinstance(clusters, np.ndarray) and clusters.dtype == np.int64 and len(clusters) and clusters.min() >= 0:
+        highest = np.maximum.accumulate(clusters)
+        if highest[0] == 0 and bool((np.diff(highest) <= 1).all()):
+            return clusters, int(highest[-1]) + 1  # numbered so already
     known: dict[Hashable, int] = {}
     names = clusters.tolist() if isinstance(clusters, np.ndarray) else clusters
     numbers = np.array([known.setdefault(name, len(known)) for name in names], np.int64)

@@ -84,6 +84,16 @@ def test_the_clustered_variance_is_unbiased_for_independent_items_and_lies_betwe
     assert se**2 == pytest.approx(float((weights * (left_out - values.mean()) ** 2).sum()))
 
 
+def test_clusters_are_numbered_as_they_appear() -> None:
+    cases = [[0, 1, 1, 0, 2], [1, 0, 2], [0, 2, 1], [0, 0], [3, 3, 5], [-1, 0], [0, -1, 1]]
+    for case in cases:
+        order = list(dict.fromkeys(case))
+        for clusters in (case, np.array(case), np.array(case, np.int32), [str(c) for c in case]):
+            numbers, count = st.cluster_numbers(clusters)
+            assert (numbers.tolist(), count) == ([order.index(c) for c in case], len(order))
+            assert numbers.dtype == np.int64
+
+
 def test_degrees_of_freedom_by_the_whole_matrix() -> None:
     """df = 2 E[q]^2 / Var[q] = tr(AV)^2 / tr(AVAV) for q = x'Ax, with A and V written out item by item."""
     values = np.random.default_rng(8).normal(size=12)
