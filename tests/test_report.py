@@ -146,6 +146,19 @@ def test_cells_show_settings_plans_and_what_differs(suite: SuiteTable, tmp_path:
         assert "seed: 0 -&gt; 1" not in part, "training seeds are no difference of configuration"
 
 
+def test_a_frozen_encoder_says_what_its_features_cost(suite: SuiteTable, tmp_path: Path) -> None:
+    run = suite.rows[1].runs[0].folder
+    record = json.loads((run / "run.json").read_text())
+    try:
+        (run / "run.json").write_text(json.dumps(record | {"features_read": 12345, "features_computed": 678}))
+        written = write_report(suite, tmp_path / "report.html").read_text()
+    finally:
+        (run / "run.json").write_text(json.dumps(record))
+    parts = [part.split("</details>")[0] for part in written.split('id="cell-')[1:]]
+    told = "features of 12,345 pictures came from the store, 678 were computed"
+    assert [told in part for part in parts] == [number == 1 for number in range(len(parts))]
+
+
 def test_the_commands_are_those_of_the_plan(suite: SuiteTable, tmp_path: Path) -> None:
     arguments = ["suite=connector", "scale=tiny", "seeds=2", "evaluation.images=[true,shuffled]"]
     plan = {"version": 1, "suite": {"name": "connector"}, "scale": "tiny", "arguments": arguments, "cells": []}

@@ -51,6 +51,9 @@ class Training:
     label: str
     curves: dict[str, list[Curve]] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
+    features_read: int = 0
+    """Pictures of a frozen encoder, over all seeds, that came from the store; and those that were encoded."""
+    features_computed: int = 0
     unlogged: list[str] = field(default_factory=list)
 
     def mean(self, kind: str) -> Curve | None:
@@ -73,6 +76,8 @@ def training_of(row: SuiteRow, points: int = POINTS) -> Training:
         info = TrainingRun(run.folder).info
         if info.get("validation"):
             made.held_out[run.seed] = held_out_loss(info)
+        made.features_read += int(info.get("features_read", 0))
+        made.features_computed += int(info.get("features_computed", 0))
         lines = run.metrics() if (run.folder / "metrics.jsonl").is_file() else []
         if len(lines) < 2:
             made.unlogged.append(run.label)

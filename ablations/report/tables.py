@@ -177,7 +177,13 @@ def cells(suite: SuiteTable, trainings: Mapping[str, Training]) -> str:
     parts = []
     for i, row in enumerate(suite.rows):
         taken = by_label.get(row.label)
-        inner = [_runs(row, trainings.get(row.label))]
+        training = trainings.get(row.label)
+        inner = [_runs(row, training)]
+        if training and training.features_read + training.features_computed:
+            inner.append(
+                f'<p class="note">Frozen encoder: features of {training.features_read:,} pictures came from the store, '
+                f"{training.features_computed:,} were computed.</p>"
+            )
         if row.cells:
             inner.append(f"<h4>Overrides</h4><pre>{safe(chr(10).join(row.cells[0].overrides))}</pre>")
         if i == 0:
