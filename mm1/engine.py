@@ -15,6 +15,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,9 @@ class Workers:
 
             logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
             if self.world == 1:
-                # Shared-memory collectives are of no use to one process, and compiling them would take it half a minute.
-                deepspeed.comm.torch.build_shm_op = lambda: None
+                # Shared-memory collectives are of no use to one process, and compiling them would take it half a minute. The
+                # attribute deepspeed.comm.torch is torch itself, not the module of that name.
+                import_module("deepspeed.comm.torch").build_shm_op = lambda: None
             backend = "nccl" if self.kind == "cuda" else "gloo"
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
