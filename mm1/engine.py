@@ -63,7 +63,7 @@ class Workers:
             if self.world == 1:
                 # Shared-memory collectives are of no use to one process, and compiling them would take it half a minute. The
                 # attribute deepspeed.comm.torch is torch itself, not the module of that name.
-                import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+                vars(import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
             backend = "nccl" if self.kind == "cuda" else "gloo"
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
