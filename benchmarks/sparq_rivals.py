@@ -32,7 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from configs.errors import UserError
 from mm1.attention.cache import SparqCache, SparqLayer
-from mm1.attention.register import _dense, _sparse_tokens, decoder_of, sparq_attention
+from mm1.attention.register import decoder_of, dense_attention, sparq_attention, sparse_tokens
 from mm1.attention.sparq import SparqSettings
 
 NAME = "sparq_rivals"
@@ -136,7 +136,7 @@ def rival_attention(
         return sparq_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     visible = visible_to(query.shape[2], layer.length, len(query), attention_mask, query.device)
-    sparse = _sparse_tokens(layer, len(query), query.shape[2])
+    sparse = sparse_tokens(layer, len(query), query.shape[2])
     if not isinstance(layer.settings, Rival):
         if max(sparse) == 0 and query.shape[2] > 1:
             add_mass(layer, query, visible, scale)
@@ -174,7 +174,7 @@ def _attend(
     dense = torch.arange(n, device=query.device) < first[:, None]
     output = torch.zeros_like(query).transpose(1, 2)
     if bool(dense.any()):
-        output = _dense(module, layer, query, key, value, mask, scale).clone()
+        output = dense_attention(module, layer, query, key, value, mask, scale).clone()
         add_mass(layer, query, visible & dense[..., None], scale)
     for i in range(int(first.min()), n):
         seen = visible[:, i]

@@ -17,7 +17,7 @@ from mm1.attention import sparq_cpu, sparq_step
 from mm1.attention.cache import SparqCache, SparqLayer
 from mm1.attention.register import sparq_attention
 from mm1.attention.segments import Segment
-from mm1.attention.sparq import SparqSettings, _dense, sparq_torch
+from mm1.attention.sparq import SparqSettings, dense_segments, sparq_torch
 from tests.sparq import definition, example
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, native.COMPILERS[".cpp"])), reason="no C++ compiler")
@@ -94,7 +94,7 @@ def test_a_shared_prefix_is_the_method_in_torch(dtype: torch.dtype, threads: int
 
 def test_short_rows_of_a_branch_are_dense_to_the_bit() -> None:
     q, prefix, suffix, means, _ = branch(4, 8, 64, 100, 20, 0, torch.float32)
-    dense = _dense(q, [prefix, suffix], 64**-0.5)
+    dense = dense_segments(q, [prefix, suffix], 64**-0.5)
 
     def same(below: int | None) -> list[bool]:
         found = sparq_cpu.sparq_shared(q, prefix, suffix, means, replace(SETTINGS, dense_below=below))

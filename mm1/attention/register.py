@@ -168,17 +168,17 @@ def _attend(
         if output is not None:
             return output
     layer.settle(None if mask is None else mask[:, 0, -1, shared:])
-    sparse = _sparse_tokens(layer, batch, n)
+    sparse = sparse_tokens(layer, batch, n)
     last = max(sparse)
     if last == 0 and prefix is None and n > 1:
-        return _dense(module, layer, query, key, value, mask, scale)
+        return dense_attention(module, layer, query, key, value, mask, scale)
 
     extents = extents_of(max(last, 1))
     before = 0 if prefix is None else prefix.count
     lengths = [[end - first + before for first, end in row] for row in extents.host]
     if settings is None or last == 0 or max(map(max, lengths)) <= settings.dense_up_to:
         if n > 1 or prefix is not None:
-            return _dense(module, layer, query, key, value, mask, scale)
+            return dense_attention(module, layer, query, key, value, mask, scale)
         start, stop = extents.start[:, 0], extents.stop[:, 0]
         known = [row[0] for row in extents.host]
         output = dense_decode(query[:, :, 0], layer.keys, layer.values, start, stop, scale=scale, extents=known)
@@ -202,12 +202,12 @@ def _attend(
     if n == 1 or (n == last and all(map(all, chosen))):
         return output
     # beside them what is dense, as it would be without them
-    result = _dense(module, layer, query, key, value, mask, scale).clone()
+    result = dense_attention(module, layer, query, key, value, mask, scale).clone()
     result[:, n - last :] = torch.where(torch.tensor(chosen, device=query.device)[..., None, None], output, result[:, n - last :])
     return result
 
 
-def _sparse_tokens(layer: SparqLayer, batch: int, n: int) -> list[int]:
+def sparse_tokens(layer: SparqLayer, batch: int, n: int) -> list[int]:
     """For each row, how many of the last of n new tokens attend sparsely; see the module's docstring."""
     settings, past = layer.settings, layer.get_seq_length() - n
     if settings is None:
@@ -220,7 +220,7 @@ def _sparse_tokens(layer: SparqLayer, batch: int, n: int) -> list[int]:
     return [n if n == 1 or is_suffix else 0] * batch
 
 
-def _dense(
+def dense_attention(
     module: Any, layer: SparqLayer, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """All of what the mask shows: transformers' own SDPA, or over a shared prefix and the rows' own tokens."""

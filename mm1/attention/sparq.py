@@ -118,9 +118,9 @@ def sparq_torch(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     is_dense = torch.stack([s.stop - s.start for s in segments]).clamp(min=0).sum(0) <= settings.dense_up_to
     if is_dense.all():
-        return _dense(q, segments, scale)
+        return dense_segments(q, segments, scale)
     sparse = _sparse(q, segments, value_mean, settings, scale)
-    return torch.where(is_dense[:, None, None], _dense(q, segments, scale), sparse) if is_dense.any() else sparse
+    return torch.where(is_dense[:, None, None], dense_segments(q, segments, scale), sparse) if is_dense.any() else sparse
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,8 @@ def _dense_rows(q: Tensor, keys: Tensor, values: Tensor, first: int, end: int, s
     return output.reshape(q.shape)
 
 
-def _dense(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+def dense_segments(q: Tensor, segments: list[Segment], scale: float) -> Tensor:
+    """q (B, Hq, d) -> (B, Hq, d): all valid tokens of a row's segment, or of a shared prefix and the row's own."""
     if len(segments) == 1:
         return dense_decode(q, segments[0].keys, segments[0].values, segments[0].start, segments[0].stop, scale=scale)
     prefix, suffix = segments

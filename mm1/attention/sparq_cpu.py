@@ -84,7 +84,7 @@ def sparq_shared(
     if not bool(dense.any()):
         return output
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.where(dense[:, None, None], sparq._dense(q, [prefix, suffix], factor), output)
+    return torch.where(dense[:, None, None], sparq.dense_segments(q, [prefix, suffix], factor), output)
 
 
 def dense_decode(q: Tensor, keys: Tensor, values: Tensor, start: Tensor, stop: Tensor, *, scale: float | None = None) -> Tensor:
