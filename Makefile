@@ -14,8 +14,8 @@ run: $(STAMP)
 	@echo "== 3/5  training the base configuration: C-Abstractor"
 	@$(BIN)/python -m mm1.train
 	@echo "== 4/5  few-shot evaluation of both, at 0, 4 and 8 shots"
-	@$(BIN)/python -m eval.fewshot run=base
-	@$(BIN)/python -m eval.fewshot run=connector_avgpool
+	@$(BIN)/python -m eval.fewshot run=base processes=2
+	@$(BIN)/python -m eval.fewshot run=connector_avgpool processes=2
 	@echo "== 5/5  the result table"
 	@$(BIN)/python -m ablations.table runs=[base,connector_avgpool]
 
