@@ -312,6 +312,17 @@ def test_the_commands_settings_are_checked() -> None:
             compose("run", run.RunConfig, list(overrides))
 
 
+def test_no_more_cells_at_once_than_cores_and_memory_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    config = run.RunConfig()
+    for memory, free, expected in [(1e9, 1e12, (16, 1, 0)), (1.75e9, 21e9, (4, 4, 0)), (50e9, 21e9, (1, 16, 0))]:
+        monkeypatch.setattr(run, "available_memory", lambda free=free: free)
+        assert run.carried(config, memory) == expected
+    config.parallel, config.threads = 3, 2
+    assert run.carried(config, 50e9) == (3, 2, 0), "what is given holds"
+
+
 def test_fewer_steps_keep_the_share_of_warm_up() -> None:
     assert step_overrides("tiny", 85, []) == ["train.steps=85", "optim.warmup_steps=10"]
     with pytest.raises(UserError, match="give one of them"):
