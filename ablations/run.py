@@ -26,8 +26,8 @@ ACTIONS = ("run", "plan", "status", "resume", "list")
 BASE_MEMORY = 1.5e9
 """Bytes of a cell's processes beside the model: Python, torch and DeepSpeed, the loader's worker."""
 HELD = 2.0
-"""What a process on a CPU holds of memory, for each byte alive: freed blocks are kept (loader.keep_freed_memory), and no two steps
-have the same sizes. 1.8 GB alive at tiny became 5.1 after 150 steps and stayed there."""
+"""What a process on a CPU holds of memory for each byte alive: freed blocks are kept (loader.keep_freed_memory), and no two
+steps have the same sizes. 1.8 GB alive at tiny became 5.1 after 150 steps and stayed there."""
 
 
 @dataclass

@@ -320,7 +320,7 @@ def test_no_more_cells_at_once_than_cores_and_memory_carry(monkeypatch: pytest.M
         monkeypatch.setattr(run, "available_memory", lambda free=free: free)
         assert run.carried(config, memory) == expected
     config.parallel, config.threads = 3, 2
-    assert run.carried(config, 50e9) == (3, 2, 0), "what is given holds"
+    assert run.carried(config, 50e9) == (3, 2, 0)  # what is given holds
 
 
 def test_fewer_steps_keep_the_share_of_warm_up() -> None:
