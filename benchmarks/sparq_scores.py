@@ -110,7 +110,7 @@ class Store:
 
 
 def kept_under(run: str, weights: str) -> Path:
-    return paths.home() / "benchmarks" / "sparq_scores" / f"{run}-{weights}"
+    return paths.home() / "cache" / "sparq_scores" / f"{run}-{weights}"
 
 
 def measure(config: SparqScoresConfig) -> Iterator[Any]:
