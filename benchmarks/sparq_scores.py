@@ -5,7 +5,7 @@
     runs     `eval.fewshot` itself, dense and with SparQ (`question sparse`, `answer only`): scores and items a second
 
 Differences are paired, their errors clustered by image (ablations/statistics.py). What is finished is kept, a line an item and
-method, in <home>/benchmarks/sparq_scores/RUN-WEIGHTS/PLAN/TASK.SHOTS.jsonl and found again; `--plot FILE` draws what is there.
+method, in <home>/cache/sparq_scores/RUN-WEIGHTS/PLAN/TASK.SHOTS.jsonl and found again; `--plot FILE` draws what is there.
 """
 
 from __future__ import annotations

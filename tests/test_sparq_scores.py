@@ -186,7 +186,7 @@ def config_of(export: Path, corpus: Path, **changes: Any) -> SparqScoresConfig:
 
 
 def kept(home: Path, name: str) -> list[dict[str, Any]]:
-    [path] = home.glob(f"benchmarks/sparq_scores/*/*/{name}")
+    [path] = home.glob(f"cache/sparq_scores/*/*/{name}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -234,7 +234,7 @@ def test_a_killed_comparison_goes_on_and_a_finished_one_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = [json.dumps(r, sort_keys=True) for r in (list(measure(config_of(export, corpus))), kept(home, "colours.4.jsonl"))[1]]
-    [path] = home.glob("benchmarks/sparq_scores/*/*/colours.4.jsonl")
+    [path] = home.glob("cache/sparq_scores/*/*/colours.4.jsonl")
     path.write_text("".join(f"{line}\n" for line in whole[:7]) + whole[7][:40], encoding="utf-8")
     answered: list[str] = []
     batch = sparq_probe.Probe._batch
