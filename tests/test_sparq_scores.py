@@ -301,7 +301,7 @@ def test_the_picture_has_a_panel_a_cell(export: Path, corpus: Path, home: Path, 
     with pytest.raises(UserError, match="nothing is kept"):
         draw([home / "benchmarks"], tmp_path / "curves.png")
     list(measure(config_of(export, corpus, probes=["task", "recall"])))
-    [folder] = (home / "benchmarks" / "sparq_scores").iterdir()
+    [folder] = (home / "cache" / "sparq_scores").iterdir()
     assert draw([folder], tmp_path / "curves.png").stat().st_size > 20_000
 
 
