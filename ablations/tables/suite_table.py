@@ -23,6 +23,7 @@ from ablations.tables.building import Options, build_from, check_interval
 from ablations.tables.cells import Table
 from ablations.tables.effects import Effects, effects_of
 from ablations.tables.finished import Done, finished_cells, one_protocol, variant
+from ablations.tables.held_out import HeldOut, held_out_of
 from ablations.tables.selection import Selection
 from ablations.tables.suite_extras import LawGrid, Textcore, law_grid, textcore_of
 from configs.errors import UserError
@@ -52,7 +53,8 @@ class SuiteRow:
 class SuiteTable:
     """`rows`: the baseline's first, only those with a finished seed, the labels of `table.blocks[*].rows`. `axes`: axis -> its
     variants at this scale in the suite's order. `missing`: "avgpool.few.low.seed1: waiting". `effects`, `textcore`, `law`: None
-    where the suite has no several axes, evaluates no TextCore, is no grid of learning rates."""
+    where the suite has no several axes, evaluates no TextCore, is no grid of learning rates; `held_out`: where no run was
+    validated."""
 
     name: str
     about: str
@@ -67,6 +69,7 @@ class SuiteTable:
     effects: Effects | None = None
     textcore: Textcore | None = None
     law: LawGrid | None = None
+    held_out: HeldOut | None = None
     place: SuiteFolder | None = None
     """Where the suite is."""
 
@@ -140,6 +143,7 @@ def suite_table(
         selection=selection,
         missing=missing,
         effects=effects_of(held, table, axes, {row.label: row.choice for row in rows}, first.label),
+        held_out=held_out_of(cells, axes),
         place=place,
     )
     if config.evaluation.textcore is not None:

@@ -1,6 +1,6 @@
 """A SuiteTable as Markdown, CSV and LaTeX: the table of runs, and what a suite adds to it.
 
-blocks with the paper's values -> what each axis does -> grids -> TextCore -> held-out losses -> what each row is and took
+blocks with the paper's values -> what each axis does -> grids -> held-out losses -> TextCore -> what each row is and took
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from ablations.tables.cells import Row
 from ablations.tables.effects import Effect, Grid
+from ablations.tables.held_out import held_out_sections
 from ablations.tables.latex import render_latex
 from ablations.tables.render import CSV_COLUMNS, markdown, render_csv
 from ablations.tables.sections import Section, number, table_sections
@@ -28,6 +29,8 @@ def suite_sections(found: SuiteTable) -> list[Section]:
     if found.effects is not None:
         sections.append(effects_section(found.effects.main, found.table.shots))
         sections += [grid_section(grid) for grid in found.effects.grids]
+    if found.held_out is not None:
+        sections += held_out_sections(found.held_out)
     if found.textcore is not None:
         sections += textcore_sections(found.textcore, [row.label for row in found.rows])
     if found.law is not None:
