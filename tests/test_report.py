@@ -22,7 +22,9 @@ from ablations.report.curves import extent_of, thinned, training_of
 from ablations.report.figures import in_order, pareto
 from ablations.report.svg import log_ticks, ticks
 from ablations.report.write import write_report
+from ablations.statistics import difference
 from ablations.suites.record import SuiteFolder
+from ablations.tables.held_out import Change, HeldOut, LossEffect, LossRow
 from ablations.tables.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
 from ablations.tables.suite_table import SuiteTable
 from data_pipelines.shards import Manifest, SplitWriter, Task
@@ -146,6 +148,18 @@ def test_cells_show_settings_plans_and_what_differs(suite: SuiteTable, tmp_path:
         assert "seed: 0 -&gt; 1" not in part, "training seeds are no difference of configuration"
 
 
+def test_held_out_losses_stand_with_their_changes(suite: SuiteTable, tmp_path: Path) -> None:
+    change = Change(difference(-0.25, 0.01, 2), (0, 1, 2), p_holm=0.01)
+    base, other = (row.label for row in suite.rows[:2])
+    rows = [LossRow(base, (0, 1, 2), {"text": 4.5}, {}), LossRow(other, (0, 1, 2), {"text": 4.25}, {"text": change})]
+    effects = [LossEffect("kind<", other, base, {"text": change}, 2)]
+    written = write_report(replace(suite, held_out=HeldOut(["text"], rows, effects)), tmp_path / "report.html").read_text()
+    shown = written.split("What each axis does to the held-out loss")
+    assert '<td class="n" data-v="4.25">4.250</td><td class="n" data-v="-0.25">-0.250 [-0.293, -0.207] *</td>' in shown[0]
+    assert "kind&lt;" in shown[1]
+    assert f"<td>{html.escape(f'{other} - {base}')}</td>" in shown[1]
+
+
 def test_a_frozen_encoder_says_what_its_features_cost(suite: SuiteTable, tmp_path: Path) -> None:
     run = suite.rows[1].runs[0].folder
     record = json.loads((run / "run.json").read_text())
@@ -160,7 +174,7 @@ def test_a_frozen_encoder_says_what_its_features_cost(suite: SuiteTable, tmp_pat
 
 
 def test_the_commands_are_those_of_the_plan(suite: SuiteTable, tmp_path: Path) -> None:
-    arguments = ["suite=connector", "scale=tiny", "seeds=2", "evaluation.images=[true,shuffled]"]
+    arguments = ["suite=connector", "scale_name=tiny", "seeds=2", "evaluation.images=[true,shuffled]"]
     plan = {"version": 1, "suite": {"name": "connector"}, "scale": "tiny", "arguments": arguments, "cells": []}
     folder = tmp_path / "connector-tiny"
     folder.mkdir()

@@ -6,12 +6,14 @@ A variant and its controls are one table body, so that sorting keeps them togeth
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from ablations.report.curves import Training
 from ablations.report.svg import label_html
 from ablations.tables.cells import Block, Cell, Resources, Row
 from ablations.tables.render import duration, si
+from ablations.tables.sections import Section
 from ablations.tables.suite_extras import Textcore, TextcoreCell
 from ablations.tables.suite_table import SuiteRow, SuiteTable
 from data_pipelines.page import safe
@@ -109,6 +111,19 @@ def _difference(cell: Cell, many_seeds: bool) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- TextCore
+
+
+def plain(section: Section) -> str:
+    """A section of the text tables: its first columns are names, the others sort by the number they begin with."""
+    bodies = []
+    for line in section.lines:
+        cells = [f'<th scope="row">{label_html(line[0])}</th>', *(f"<td>{safe(text)}</td>" for text in line[1 : section.text])]
+        for text in line[section.text :]:
+            begins = re.match(r"[+-]?\d+(\.\d+)?", text)
+            cells.append(number(safe(text), float(begins[0]) if begins else None))
+        bodies.append(f"<tr>{''.join(cells)}</tr>")
+    notes = "".join(f'<p class="note">{safe(note)}</p>' for note in section.notes)
+    return sortable(section.header, bodies) + notes
 
 
 def textcore(held: Textcore, order: Sequence[str]) -> str:

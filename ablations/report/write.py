@@ -11,6 +11,7 @@ figures and long tables are folded up (report_figures.MANY); pictures have at mo
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from ablations.report.page import Section, page, tabs
 from ablations.report.samples import samples
 from ablations.report.svg import figure
 from ablations.suites.record import suites_folder
+from ablations.tables.held_out import held_out_sections
 from ablations.tables.render import duration, si
 from ablations.tables.suite_table import SuiteTable
 from data_pipelines.page import safe
@@ -90,7 +92,9 @@ def _commands(suite: SuiteTable) -> list[str]:
     named = [f"suite={suite.name}", f"scale={suite.scale}"]
     started = named
     if suite.place is not None:
-        folder, started = suite.place.folder, [str(argument) for argument in suite.place.plan()["arguments"]]
+        folder = suite.place.folder
+        # as they were typed: inside, a command calls `scale` and `suite` scale_name and suite_name
+        started = [re.sub(r"^(scale|suite)_name=", r"\1=", str(argument)) for argument in suite.place.plan()["arguments"]]
         if folder.name != f"{suite.name}-{suite.scale}":
             named = [*named, f"folder={folder.name if folder.parent == suites_folder() else folder}"]
     return [f"python -m ablations.run {shlex.join(started)}", f"python -m ablations.table {shlex.join(named)}"]
@@ -123,7 +127,10 @@ def _sections(suite: SuiteTable, trainings: Sequence[Training]) -> list[Section]
         labels = [row.label for row in suite.rows]
         note = '<p class="note">Mean of the eight tasks in points ± one standard error; differences are unpaired.</p>'
         sections.append(Section("textcore", "TextCore", tables.textcore(suite.textcore, labels) + note))
-    sections.append(Section("training", "Training", loss_figures(trainings, layout) + held_out(trainings)))
+    losses = loss_figures(trainings, layout) + held_out(trainings)
+    if suite.held_out is not None:
+        losses += "".join(f"<h3>{safe(part.title)}</h3>" + tables.plain(part) for part in held_out_sections(suite.held_out))
+    sections.append(Section("training", "Training", losses))
     sections.append(Section("answers", "Sample answers", samples(suite.selection, table.shots)))
     took = tables.resources(suite, by_label) + '<p class="note">Per run, means over seeds; "of": as planned.</p>'
     sections.append(Section("cells", "Cells", took + tables.cells(suite, by_label)))
