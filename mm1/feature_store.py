@@ -65,8 +65,9 @@ class FeatureStore:
         self._map: np.ndarray = np.empty((0, self.bytes), np.uint8)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "about.json").is_file():
-                write_atomically(self.folder / "about.json", json.dumps(about, indent=1) + "\n")
+            with self._lock():  # the ranks of a run come here at the same moment
+                if not (self.folder / "about.json").is_file():
+                    write_atomically(self.folder / "about.json", json.dumps(about, indent=1) + "\n")
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
             self._index = os.open(self.folder / "index.bin", flags, 0o644)
             self._features = os.open(self.folder / "features.bin", flags, 0o644)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def values(*numbers: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def opened(folder: Path, bound: float = 1e9, dtype: torch.dtype = torch.float32, **about: Any) -> FeatureStore:
     return FeatureStore(folder, about, SHAPE, dtype, int(bound))
+
+
+def test_ranks_may_open_a_new_store_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plainly = feature_store.write_atomically
+
+    def slowly(path: Path, text: str) -> None:
+        time.sleep(0.05)
+        plainly(path, text)
+
+    monkeypatch.setattr(feature_store, "write_atomically", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        stores = list(pool.map(lambda _: opened(tmp_path, tower=1), range(8)))
+    assert len({store.folder for store in stores}) == 1
+    assert json.loads((stores[0].folder / "about.json").read_text()) == {"tower": 1}
 
 
 def held(store: FeatureStore, *numbers: int) -> torch.Tensor:
