@@ -161,9 +161,7 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
             process.join()
 
 
-def _work(
-    index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int, wide: bool, sent: Any, encoded: Any
-) -> None:
+def _work(index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int, wide: bool, sent: Any, encoded: Any) -> None:
     """A worker process. It plans for itself: nothing but settings and ids crosses."""
     if wide:  # as in the process that started this one, or their last bits would differ
         use_whole_width()
