@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ablations.reading import read_object
 from ablations.statistics import Scores
 from configs.errors import UserError
 from data_pipelines import paths
@@ -230,24 +231,11 @@ def read_jsonl(path: Path, *, required: Sequence[str] = (), remedy: str = "", op
     return records
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {remedy}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is half-written or damaged ({error}); {remedy}") from error
-    if not isinstance(raw, dict) or raw.get("version") != VERSION:
-        found = raw.get("version") if isinstance(raw, dict) else raw
-        raise UserError(f"{path}: version is {found!r}, this suite reads {VERSION}; {remedy}")
-    return raw
-
-
 def read_run(folder: Path) -> Run:
     """Raises UserError if the folder holds no run, or one whose record is damaged or of another version."""
     path = folder / "run.json"
     remedy = f"train it again, or give a run's folder (there: {folder})."
-    raw = _read_object(path, remedy)
+    raw = read_object(path, VERSION, remedy)
     if raw.get("status") != "finished":
         raw = dict.fromkeys(COUNTERS, 0) | {"parameters": {}} | raw
     try:
@@ -277,7 +265,7 @@ def read_evaluation(folder: Path, run: Run) -> Evaluation:
     """Raises UserError if the summary is damaged, of another version, or of another run than the one whose folder it lies in."""
     path = folder / "summary.json"
     remedy = f"delete {folder} and evaluate again: python -m eval.fewshot run={run.label}"
-    raw = _read_object(path, remedy)
+    raw = read_object(path, VERSION, remedy)
     items_plan, demonstration_seed, weights = _plan(folder / "plan.json", int(raw.get("seed", 0)), remedy)
     try:
         if raw["run"]["hash"] != run.hash:
@@ -317,7 +305,7 @@ def _plan(path: Path, seed: int, remedy: str) -> tuple[str, int, str]:
     """(fingerprint of the plan without what the demonstration seed decides, that seed, weights); no file: ("", seed, "")."""
     if not path.is_file():
         return "", seed, ""
-    raw = _read_object(path, remedy)
+    raw = read_object(path, VERSION, remedy)
     try:
         plan = dict(raw["plan"])
         drawn = plan.pop("demonstration_seed", None)

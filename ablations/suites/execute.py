@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ablations.suites.record import FAILED, FINISHED, INTERRUPTED, RUNNING, read_object, update_record
+from ablations.reading import read_object
+from ablations.suites.record import FAILED, FINISHED, INTERRUPTED, RECORD_VERSION, RUNNING, update_record
 from mm1.run import Run
 
 STOPPED = 130
@@ -31,11 +32,11 @@ LAST_WORDS = 12
 
 def execute(job_path: Path) -> int:
     """Run what is not done of a job; returns the exit status of the command that failed, STOPPED, or 0."""
-    job = read_object(job_path, "Start the suite again.")
+    job = read_object(job_path, RECORD_VERSION, "Start the suite again.")
     record, run = Path(job["record"]), Run(Path(job["run"]))
     child = _Child(job)
     for command in job["commands"]:
-        held = read_object(record, "Delete that file.") if record.is_file() else {}
+        held = read_object(record, RECORD_VERSION, "Delete that file.") if record.is_file() else {}
         if _done(command, run, held):
             continue
         update_record(record, state=RUNNING, doing=command["kind"])
@@ -51,7 +52,7 @@ def execute(job_path: Path) -> int:
             return status
         if command["kind"] != "train":
             folder = _results(command) if command["kind"] == "fewshot" else None
-            held = read_object(record, "Delete that file.")
+            held = read_object(record, RECORD_VERSION, "Delete that file.")
             update_record(record, evaluations=held.get("evaluations", {}) | {command["key"]: folder})
         update_record(record, seconds=held.get("seconds", {}) | {command.get("key", "train"): seconds})
     update_record(record, state=FINISHED, failures=0, error=None)

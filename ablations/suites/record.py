@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ablations.reading import read_object
 from configs.errors import UserError
 from data_pipelines import paths
 from mm1.run import Run, write_atomically
@@ -92,7 +93,9 @@ class SuiteFolder:
         if not self.plan_path.is_file():
             known = ", ".join(sorted(path.parent.name for path in suites_folder().glob("*/plan.json"))) or "none yet"
             raise UserError(f"{self.folder} holds no suite (no plan.json). Suites that were started: {known}.")
-        return read_object(self.plan_path, f"Delete {self.folder} and start the suite again; trained cells are found again.")
+        return read_object(
+            self.plan_path, RECORD_VERSION, f"Delete {self.folder} and start the suite again; trained cells are found again."
+        )
 
     def cells(self) -> list[SuiteCell]:
         """As planned last."""
@@ -138,7 +141,7 @@ class SuiteFolder:
         path = self.record_path(cell)
         if not path.is_file():
             return {}
-        record = read_object(path, "Delete that file; the cell's run is found again.")
+        record = read_object(path, RECORD_VERSION, "Delete that file; the cell's run is found again.")
         if record.get("suite") != cell.suite or record.get("hash") != cell.hash:
             raise UserError(
                 f"{path} is of {record.get('suite')} {record.get('hash')}, not of {cell.suite} {cell.hash}. Move it away."
@@ -167,19 +170,8 @@ def _without_seed(overrides: Sequence[str]) -> tuple[str, ...]:
 
 def update_record(path: Path, **values: Any) -> None:
     """Merge values into a cell's record."""
-    old = read_object(path, "Delete that file; the cell's run is found again.") if path.is_file() else {}
+    old = read_object(path, RECORD_VERSION, "Delete that file; the cell's run is found again.") if path.is_file() else {}
     write_atomically(path, json.dumps({"version": RECORD_VERSION} | old | values, indent=1) + "\n")
-
-
-def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is half-written or damaged ({error}). {remedy}") from error
-    if not isinstance(held, dict) or held.get("version") != RECORD_VERSION:
-        found = held.get("version") if isinstance(held, dict) else held
-        raise UserError(f"{path}: version is {found!r}, this suite reads {RECORD_VERSION}. {remedy}")
-    return held
 
 
 def take(descriptor: int) -> bool:
