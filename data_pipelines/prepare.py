@@ -35,11 +35,17 @@ from data_pipelines.corpora.config import (
     OwnConfig,
     ShapesConfig,
     StarterConfig,
+    StarterSyntheticConfig,
     TarsConfig,
 )
 from data_pipelines.shards import MANIFEST, Manifest
 
-SCHEMAS: dict[str, type[CorpusConfig]] = {"starter": StarterConfig, "full": FullConfig, "shapes": ShapesConfig}
+SCHEMAS: dict[str, type[CorpusConfig]] = {
+    "starter": StarterConfig,
+    "starter_synthetic": StarterSyntheticConfig,
+    "full": FullConfig,
+    "shapes": ShapesConfig,
+}
 """Recipes that need to be told nothing: training makes these corpora on the way."""
 for _recipe, _schema in {**SCHEMAS, "tars": TarsConfig, "convert": ConvertConfig}.items():
     register(f"{_recipe}_schema", _schema, group="corpus")
@@ -103,6 +109,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
 
 RECIPES: dict[type[CorpusConfig], str] = {
     StarterConfig: "starter",
+    StarterSyntheticConfig: "starter",
     FullConfig: "full",
     ShapesConfig: "shapes",
     TarsConfig: "tars",
@@ -167,11 +174,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def refuse_other_settings(manifest: Manifest, corpus: CorpusConfig, folder: Path) -> None:
-    made = cast("dict[str, object]", manifest.settings.get("config", {}))
+    """What a manifest does not mention was not a setting yet when it was made, and had what is now its default."""
+    made = asdict(SCHEMAS.get(corpus.recipe, type(corpus))()) | cast("dict[str, object]", manifest.settings.get("config", {}))
     harmless = {"name", "processes"}
-    differing = {
-        key: value for key, value in asdict(corpus).items() if key not in harmless and key in made and made[key] != value
-    }
+    differing = {key: value for key, value in asdict(corpus).items() if key not in harmless and made[key] != value}
     if differing:
         listed = ", ".join(f"{key}={made[key]} (asked: {value})" for key, value in sorted(differing.items()))
         raise UserError(

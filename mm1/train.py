@@ -135,12 +135,12 @@ def lane_stream(config: TrainConfig, corpus: Path, tokenizer: Any) -> LaneStream
     )
 
 
-def validation_batches(config: TrainConfig, corpus: Path, tokenizer: Any) -> list[PackedBatch]:
-    """The first `validation_sequences` sequences of each kind's `val` split, the same for every run on this corpus."""
+def validation_batches(config: TrainConfig, corpus: Path, tokenizer: Any) -> dict[str, list[PackedBatch]]:
+    """source -> the first `validation_sequences` sequences of its `val` split, the same for every run on this corpus."""
     from data_pipelines.lanes import LaneStream
     from data_pipelines.loader import PackedLoader
 
-    batches: list[PackedBatch] = []
+    batches: dict[str, list[PackedBatch]] = {}
     manifest = Manifest.load(corpus)
     count = config.train.validation_sequences // config.engine.micro_batch * config.engine.micro_batch
     for name, source in config.data.sources.items():
@@ -149,7 +149,7 @@ def validation_batches(config: TrainConfig, corpus: Path, tokenizer: Any) -> lis
         data = replace(config.data, sources={name: SourceConfig(kind=source.kind, ratio=1.0, split="val")})
         stream = LaneStream(corpus, data, config.packing, tokenizer, image_tokens=config.image_tokens, global_batch=count, seed=0)
         loader = PackedLoader(stream, image_size=config.image_encoder.image_size, micro_batch=config.engine.micro_batch)
-        batches += next(iter(loader))
+        batches[name] = next(iter(loader))
     return batches
 
 

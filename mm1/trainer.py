@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -379,8 +379,10 @@ def remove_tree(folder: Path) -> None:
 
 
 @torch.no_grad()
-def validation_losses(model: MultimodalLM, batches: list[PackedBatch], device: torch.device) -> dict[str, float]:
-    """Mean loss in nats a token over fixed batches, by kind; and for captions the loss with images shuffled among the batch.
+def validation_losses(
+    model: MultimodalLM, batches: Mapping[str, Sequence[PackedBatch]], device: torch.device
+) -> dict[str, float]:
+    """Mean loss in nats a token over fixed batches, by source; and for captions the loss with images shuffled among the batch.
 
     The difference of the two caption losses is what the images are worth to the model.
     """
@@ -401,10 +403,10 @@ def validation_losses(model: MultimodalLM, batches: list[PackedBatch], device: t
         sums[name] = sums.get(name, 0.0) + float(output.token_losses.double().sum())
         counts[name] = counts.get(name, 0) + int((batch.labels != IGNORE).sum())
 
-    for batch in batches:
-        batch = batch.to(device)
-        kind = KINDS[int(batch.kinds.max())]  # of one source, and -1 on padding
-        add(f"loss_{kind}", batch, batch.images)
-        if kind == "captions" and len(batch.images) > 1:
-            add("loss_captions_shuffled_images", batch, batch.images.roll(1, dims=0))
+    for source, own in batches.items():
+        for batch in (batch.to(device) for batch in own):
+            add(f"loss_{source}", batch, batch.images)
+            kind = KINDS[int(batch.kinds.max())]  # the source's, and -1 on padding
+            if kind == "captions" and len(batch.images) > 1:
+                add(f"loss_{source}_shuffled_images", batch, batch.images.roll(1, dims=0))
     return {name: sums[name] / max(counts[name], 1) for name in sums}

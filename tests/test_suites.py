@@ -156,7 +156,7 @@ def test_a_variant_that_stands_twice_in_a_file(tmp_path: Path, monkeypatch: pyte
 
 def test_a_source_the_corpus_lacks_is_found_before_anything_starts(home: Path) -> None:
     corpus = write_corpus(home / "data" / "two_captions")
-    with pytest.raises(UserError, match=r"2 cells cannot be trained:\n  clean_7: .*no captions_clean/train"):
+    with pytest.raises(UserError, match=r"2 cells cannot be trained:\n  synthetic_7: .*no captions_synthetic/train"):
         build_cells(load_suite("data_quality"), "mm1", seeds=[0], extra=["data.corpus=" + str(corpus), "packing.seq_len=512"])
 
 

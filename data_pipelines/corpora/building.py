@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-FORMATS = {"captions": "img2dataset", "interleaved": "energon", "text": "text"}
+FORMATS = {"captions": "img2dataset", "captions_synthetic": "img2dataset", "interleaved": "energon", "text": "text"}
 TOKENIZER_CHARACTERS = 4_000_000
 """Of each source, enough for a vocabulary of a few thousand and trained in seconds."""
 
@@ -154,8 +154,8 @@ class CorpusBuilder:
         if split == "train":
             self.training_text[source].append(text)
 
-    def caption(self, split: str, image: bytes, text: str) -> None:
-        self._write("captions", split, {"webp": image, "txt": text}, 1, text)
+    def caption(self, split: str, image: bytes, text: str, source: str = "captions") -> None:
+        self._write(source, split, {"webp": image, "txt": text}, 1, text)
 
     def page(self, split: str, page: Page) -> None:
         members = page.members()

@@ -65,6 +65,16 @@ class StarterConfig(PicturesConfig):
     binding_episodes: int = 300
     processes: int = 2
     """That render pictures; the result does not depend on it."""
+    synthetic_captions: bool = False
+    """Whether the captioned pictures stand in a second source too, captions_synthetic, with longer captions (synthetic.py)."""
+
+
+@dataclass
+class StarterSyntheticConfig(StarterConfig):
+    """The starter corpus with its second source of captions, for suite=data_quality."""
+
+    name: str = "starter_synthetic"
+    synthetic_captions: bool = True
 
 
 @dataclass
@@ -119,6 +129,8 @@ class OwnConfig(CorpusConfig):
 
     vocab_size: int = 32_000
     captions: Any = None
+    captions_synthetic: Any = None
+    """A second source of captions, say rewritten by a model, that mixtures can take some of (data=two_captions)."""
     interleaved: Any = None
     text: Any = None
     interleaved_format: str | None = None
@@ -131,7 +143,7 @@ class OwnConfig(CorpusConfig):
 
     def patterns(self) -> dict[str, list[str]]:
         """source -> its patterns, for the sources that are given."""
-        given = {"captions": self.captions, "interleaved": self.interleaved, "text": self.text}
+        given = {source: getattr(self, source) for source in LAYOUTS}
         return {source: [value] if isinstance(value, str) else list(value) for source, value in given.items() if value}
 
     def layouts(self, source: str) -> tuple[str, ...]:
@@ -140,7 +152,7 @@ class OwnConfig(CorpusConfig):
         return tuple(layout for layout in LAYOUTS[source] if chosen in (None, layout))
 
     def validate(self) -> None:
-        for source in ("captions", "interleaved", "text"):
+        for source in LAYOUTS:
             value = getattr(self, source)
             items = value if isinstance(value, (list, tuple)) else [value]
             if value is not None and not all(isinstance(item, str) and item for item in items):

@@ -87,6 +87,8 @@ def _build(
     for split in ("train", "val"):
         pairs[split] += [(one.image, one.name) for one in starter.of(material.pictures, split)]
     starter.write_captions(builder, config, pairs)
+    if config.synthetic_captions:
+        starter.write_synthetic_captions(builder, config, [*ours, *material.pictures])
 
     pages = starter.interleaved_pages(config, ours, countries, shapes["train"], wordnet)
     documents, remainders = manuals.documents(material.pieces, material.figures, material.left_out)

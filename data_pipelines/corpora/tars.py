@@ -260,9 +260,13 @@ def copy_tokenizer(given: Path, target: Path) -> None:
 
 def next_step(manifest: Manifest) -> str:
     """The command that trains on the corpus, with the ratios of the sources it has."""
-    present = [source for source in RATIOS if source in manifest.splits]
-    total = sum(RATIOS[source] for source in present)
-    ratios = {source: round(RATIOS[source] / total, 2) if source in present else 0.0 for source in RATIOS}
-    ratios[present[-1]] += 1 - sum(ratios.values())
-    changed = [f"data.sources.{s}.ratio={ratio:.2g}" for s, ratio in ratios.items() if abs(ratio - RATIOS[s]) > 1e-9]
-    return " ".join(["Train on it: python -m mm1.train data=own", f"data.corpus={manifest.corpus}", *changed])
+    option, usual = "own", RATIOS
+    if "captions_synthetic" in manifest.splits:  # the mixture of configs/data/two_captions.yaml takes none of them
+        option, usual = "two_captions", RATIOS | {"captions_synthetic": 0.0}
+    shares = {source: share for source, share in usual.items() if source in manifest.splits}
+    if "captions" not in shares and "captions_synthetic" in shares:
+        shares["captions_synthetic"] = RATIOS["captions"]
+    ratios = {source: round(shares.get(source, 0.0) / sum(shares.values()), 2) for source in usual}
+    ratios[max(shares, key=lambda source: shares[source])] += 1 - sum(ratios.values())
+    changed = [f"data.sources.{s}.ratio={ratio:.2g}" for s, ratio in ratios.items() if abs(ratio - usual[s]) > 1e-9]
+    return " ".join([f"Train on it: python -m mm1.train data={option}", f"data.corpus={manifest.corpus}", *changed])

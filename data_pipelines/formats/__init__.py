@@ -31,11 +31,17 @@ ROW_READERS: dict[str, RowReader] = {"obelics": obelics.read_row, "mmc4": mmc4.r
 
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "captions": ("img2dataset",),
+    "captions_synthetic": ("img2dataset",),
     "interleaved": ("energon", "mmc4", "mint1t"),
     "text": ("text",),
 }
 """source -> the layouts its tars may have, tried in this order."""
-ROW_LAYOUTS: dict[str, tuple[str, ...]] = {"captions": (), "interleaved": ("obelics", "mmc4"), "text": ("text",)}
+ROW_LAYOUTS: dict[str, tuple[str, ...]] = {
+    "captions": (),
+    "captions_synthetic": (),
+    "interleaved": ("obelics", "mmc4"),
+    "text": ("text",),
+}
 """source -> the layouts its jsonl and parquet files may have, tried in this order."""
 
 KNOWN = {
