@@ -37,9 +37,10 @@ import numpy as np
 
 from ablations.student import t_df, t_quantile, t_two_sided
 from configs.errors import UserError
-from eval.statistics import Array, Estimate, add_variances, average_tasks, cluster_numbers, clustered_mean
+from eval.statistics import Array, Clusters, Estimate, add_variances, average_tasks, clustered_mean
 
 __all__ = [
+    "Clusters",
     "Combined",
     "Difference",
     "Estimate",
@@ -50,7 +51,6 @@ __all__ = [
     "average_tasks",
     "bootstrap_difference",
     "bootstrap_draws",
-    "cluster_numbers",
     "clustered_mean",
     "combine",
     "correlation",
@@ -142,11 +142,10 @@ def paired_difference(a: Scores, b: Scores, confidence: float = 0.95) -> Differe
     return difference(estimate.mean, *estimate.error, confidence)
 
 
-def bootstrap_draws(values: Array, clusters: Sequence[str] | Array, draws: int = 10_000, seed: int = 0) -> Array:
+def bootstrap_draws(values: Array, clusters: Sequence[str] | Array | Clusters, draws: int = 10_000, seed: int = 0) -> Array:
     """(draws,) means of `values` with whole clusters drawn with replacement. The same seed draws the same clusters."""
-    numbers, count = cluster_numbers(clusters)
-    sums = np.bincount(numbers, weights=np.asarray(values, dtype=np.float64), minlength=count)
-    sizes = np.bincount(numbers, minlength=count).astype(np.float64)
+    held = Clusters.of(clusters)
+    count, sums, sizes = held.count, held.sums(np.asarray(values, dtype=np.float64)), held.sizes
     generator, parts, left = np.random.default_rng(seed), [], draws
     while left:
         rows = min(left, max(1, 4_000_000 // count))  # at most 32 MB of random numbers at a time
@@ -211,7 +210,7 @@ class Spread:
         return math.sqrt(max(0.0, self.raw**2 - self.by_items))
 
 
-def spread(repeats: Sequence[tuple[Array, Sequence[str] | Array]]) -> Spread | None:
+def spread(repeats: Sequence[tuple[Array, Sequence[str] | Array | Clusters]]) -> Spread | None:
     """The spread of the mean over tasks; one pair a task: scores (R, n) in points, and the n items' clusters.
 
     None with one repeat, where the spread cannot be known.
@@ -223,11 +222,10 @@ def spread(repeats: Sequence[tuple[Array, Sequence[str] | Array]]) -> Spread | N
     by_items = 0.0
     for scores, clusters in repeats:
         left = scores - scores.mean(1, keepdims=True) - scores.mean(0) + scores.mean()
-        numbers, groups = cluster_numbers(clusters)
-        if groups > 1:
-            sums = np.stack([np.bincount(numbers, row, groups) for row in left])
-            own = 1 - np.bincount(numbers, minlength=groups) / len(numbers)
-            by_items += float((sums**2 / own).sum()) / (len(numbers) ** 2 * count * (count - 1))
+        held = Clusters.of(clusters)
+        if held.count > 1:
+            sums = np.stack([held.sums(row) for row in left])
+            by_items += float((sums**2 / (1 - held.shares)).sum()) / (len(held) ** 2 * count * (count - 1))
     return Spread(float(np.std(means, ddof=1)) / math.sqrt(count), count - 1, by_items / len(repeats) ** 2)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from statistics import NormalDist
 
 
 def t_two_sided(t: float, df: float) -> float:
@@ -23,11 +24,19 @@ def t_quantile(probability: float, df: float) -> float:
     """The value that Student's t stays below with `probability` (0.5 < probability < 1)."""
     if math.isnan(df):
         return math.nan
+    z = NormalDist().inv_cdf(probability)
+    if math.isinf(df):
+        return z
     tail = 2 * (1 - probability)
-    high = 2.0
-    while t_two_sided(high, df) > tail:
-        high *= 2
-    return _root(lambda t: tail - t_two_sided(t, df), 0.0, high)
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    t = z + (z**3 + z) / (4 * df)  # two terms of Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5)
+    for _ in range(200):  # Newton's method; P(|T| >= t) is convex, so that from below it cannot overshoot
+        density = scale * (1 + t * t / df) ** (-(df + 1) / 2)
+        step = (t_two_sided(t, df) - tail) / (2 * density)
+        t += max(step, -t / 2)
+        if abs(step) <= 1e-12 * t:
+            break
+    return t
 
 
 def t_df(quantile: float, probability: float) -> float:

@@ -1,7 +1,7 @@
 """How fast a suite of a thousand cells becomes a table, and a plan.
 
-    table_labels    1,000 rows of one training seed, each 3 tasks x 3 numbers of shots x 200 items: files read, Markdown, CSV and
-                    LaTeX written
+    table_labels    1,000 rows of one training seed, each 3 tasks x 3 numbers of shots x 200 items: files read, Markdown, CSV,
+                    LaTeX and the HTML report written
     table_seeds     the same 1,000 cells as 200 rows of five training seeds
     plan            1,000 cells (500 trainings) composed, matched, costed and hashed, and the state of each read and printed
 
@@ -138,9 +138,11 @@ def run_record(cell: Any) -> dict[str, Any]:
 
 
 def table_row(case: str, seeds: int, repeats: int, texts: Texts) -> Row:
+    from ablations.report.write import write_report
     from ablations.results import read_run
     from ablations.tables.suite_table import suite_table
     from ablations.tables.suite_text import render_suite_csv, render_suite_latex, render_suite_markdown
+    from data_pipelines import paths
 
     name = write_suite(seeds, texts)
 
@@ -148,8 +150,7 @@ def table_row(case: str, seeds: int, repeats: int, texts: Texts) -> Row:
         found = suite_table(name)
         for render in (render_suite_markdown, render_suite_csv, render_suite_latex):
             render(found)
-
-    from data_pipelines import paths
+        write_report(found, paths.home() / "report.html")
 
     folders = sorted(paths.runs().glob(f"{name}.*"))
 

@@ -6,12 +6,11 @@ Every string of a corpus goes through `safe`. The page's own policy (Content-Sec
 from __future__ import annotations
 
 import base64
-import html
 import io
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data_pipelines.html_text import safe
 from data_pipelines.views import PALETTE, DocumentView, End, Picture, Tally, Text, View, picture
 
 if TYPE_CHECKING:
@@ -214,12 +213,6 @@ def tint(number: int) -> str:
 
 def plural(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def safe(text: str) -> str:
-    """Escaped for HTML text and attributes; control characters shown as their pictures, so that none is lost or acts."""
-    visible = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), text)
-    return html.escape(visible, quote=True)
 
 
 STYLE = """

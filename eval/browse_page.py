@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
+from data_pipelines.html_text import safe
 from data_pipelines.images import decode_rgb
-from data_pipelines.page import safe
 from eval.plan import sample_queries
 from eval.prompter import Prompter
 from eval.prompts import build_prompt

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -46,19 +47,48 @@ class Estimate:
         return (math.nan if self.se is None else self.se), (math.nan if self.df is None else self.df)
 
 
-def cluster_numbers(clusters: Iterable[Hashable] | Array) -> tuple[Array, int]:
-    """(number of its cluster for each item, int64 (n,), in order of appearance; how many clusters there are)."""
-    if isinstance(clusters, np.ndarray) and clusters.dtype == np.int64 and len(clusters) and clusters.min() >= 0:
-        highest = np.maximum.accumulate(clusters)
-        if highest[0] == 0 and bool((np.diff(highest) <= 1).all()):
-            return clusters, int(highest[-1]) + 1  # numbered so already
-    known: dict[Hashable, int] = {}
-    names = clusters.tolist() if isinstance(clusters, np.ndarray) else clusters
-    numbers = np.array([known.setdefault(name, len(known)) for name in names], np.int64)
-    return numbers, len(known)
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """Which items share an image. `numbers` (n,), int64: of each item's cluster, in order of appearance; `count` of them."""
+
+    numbers: Array
+    count: int
+
+    @classmethod
+    def of(cls, names: Iterable[Hashable] | Array | Clusters) -> Clusters:
+        """`names[i]`: the image of item i. What is numbered already is returned as it is."""
+        if isinstance(names, Clusters):
+            return names
+        known: dict[Hashable, int] = {}
+        listed = names.tolist() if isinstance(names, np.ndarray) else names
+        numbers = np.array([known.setdefault(name, len(known)) for name in listed], np.int64)
+        return cls(numbers, len(known))
+
+    def __len__(self) -> int:
+        """Items."""
+        return len(self.numbers)
+
+    @cached_property
+    def sizes(self) -> Array:
+        """Items of each cluster, float64 (count,)."""
+        return np.bincount(self.numbers, minlength=self.count).astype(np.float64)
+
+    @cached_property
+    def shares(self) -> Array:
+        """Of all items, float64 (count,)."""
+        return self.sizes / len(self)
+
+    @cached_property
+    def pairs(self) -> float:
+        """Ordered pairs of different items in one cluster."""
+        return float((self.sizes**2).sum()) - len(self)
+
+    def sums(self, values: Array) -> Array:
+        """float64 (n,) -> (count,)."""
+        return np.bincount(self.numbers, values, self.count)
 
 
-def clustered_mean(values: Sequence[float] | Array, clusters: Sequence[Hashable] | Array) -> Estimate:
+def clustered_mean(values: Sequence[float] | Array, clusters: Sequence[Hashable] | Array | Clusters) -> Estimate:
     """Mean of `values` (n,) and its standard error by the formula above; `clusters[i]` names the image of item i.
 
     Raises ValueError for no values, or for lengths that differ.
@@ -67,31 +97,29 @@ def clustered_mean(values: Sequence[float] | Array, clusters: Sequence[Hashable]
         raise ValueError(
             f"{len(values)} values and {len(clusters)} cluster names: need as many names as values, and at least one"
         )
-    numbers, groups = cluster_numbers(clusters)
+    held = Clusters.of(clusters)
     scores = np.asarray(values, np.float64)
     n = len(scores)
     mean = math.fsum(scores.tolist()) / n
-    if groups < 2:
-        return Estimate(mean, None, None, n, groups)
+    if held.count < 2:
+        return Estimate(mean, None, None, n, held.count)
     residuals = scores - mean
-    sizes = np.bincount(numbers, minlength=groups).astype(np.float64)
-    sums = np.bincount(numbers, residuals, groups)
-    variance = float((sums**2 / (1 - sizes / n)).sum()) / n**2
-    return Estimate(mean, math.sqrt(variance), _degrees_of_freedom(sizes, sums, residuals), n, groups)
+    sums = held.sums(residuals)
+    variance = float((sums**2 / (1 - held.shares)).sum()) / n**2
+    return Estimate(mean, math.sqrt(variance), _degrees_of_freedom(held, sums, residuals), n, held.count)
 
 
-def _degrees_of_freedom(sizes: Array, sums: Array, residuals: Array) -> float:
+def _degrees_of_freedom(clusters: Clusters, sums: Array, residuals: Array) -> float:
     """Satterthwaite's for SE^2 = sum_g c_g (m_g - m)^2, m_g a cluster's mean of variance s_g, m = sum_g w_g m_g.
 
     With p_g = w_g s_g and T = Var m = sum_g w_g p_g the deviations have Cov_gh = T - p_g - p_h (+ s_g where g = h); E and Var of
     the quadratic form are then sums over single clusters.
     """
     n, squares = len(residuals), float((residuals**2).sum())
-    pairs = float((sizes**2).sum()) - n
+    pairs, w = clusters.pairs, clusters.shares
     rho = (float((sums**2).sum()) - squares) / pairs / (squares / n) if pairs and squares else 0.0
     rho = min(1.0, max(0.0, rho))
-    w = sizes / n
-    s, c = rho + (1 - rho) / sizes, w**2 / (1 - w)
+    s, c = rho + (1 - rho) / clusters.sizes, w**2 / (1 - w)
     p = w * s
     total = (w * p).sum()
     expected = (c * (s - 2 * p + total)).sum()

@@ -34,6 +34,12 @@ def test_help_needs_no_torch(module: str) -> None:
     assert f"usage: python -m {module}" in done.stdout
 
 
+def test_tables_and_reports_need_no_torch() -> None:
+    rooms = "ablations.report.write, ablations.tables.suite_table, ablations.tables.suite_text"
+    code = f"import sys; import {rooms}; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_help_lists_every_ablation_with_a_line() -> None:
     said = subprocess.run([sys.executable, "-m", "mm1.train", "--help"], capture_output=True, text=True, check=True).stdout
     lines = {words[0]: words[1] for line in said.splitlines() if len(words := line.split(maxsplit=1)) == 2}

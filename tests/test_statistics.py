@@ -27,6 +27,12 @@ def test_t_quantiles_are_the_tabulated_ones(df: int, probability: float, expecte
     assert st.t_two_sided(expected, df) == pytest.approx(2 * (1 - probability), rel=1e-6)
 
 
+@pytest.mark.parametrize("probability", [0.501, 0.6, 0.975, 0.9999999])
+@pytest.mark.parametrize("df", [0.3, 1, 1.5, 4, 29.7, 1e3, 1e6, math.inf])
+def test_t_quantiles_undo_the_tail(df: float, probability: float) -> None:
+    assert st.t_two_sided(st.t_quantile(probability, df), df) == pytest.approx(2 * (1 - probability), rel=1e-7)
+
+
 @pytest.mark.parametrize("t", [0.0, 0.01, 0.7, 2.5, 9.0, 60.0])
 def test_t_tails_in_closed_form(t: float) -> None:
     assert st.t_two_sided(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), rel=1e-9, abs=1e-12)
@@ -67,7 +73,8 @@ def test_unequal_clusters_by_a_double_sum_over_items() -> None:
 def test_the_clustered_variance_is_unbiased_for_independent_items_and_lies_between_sandwich_and_jackknife() -> None:
     """E[SE^2] = sigma^2 / n whatever the sizes: SE^2 is the quadratic form x'Ax, and trace A must be 1/n."""
     unit = np.eye(12)
-    numbers, groups = st.cluster_numbers(UNEQUAL)
+    held = st.Clusters.of(UNEQUAL)
+    numbers, groups = held.numbers, held.count
 
     def form(x: np.ndarray, y: np.ndarray) -> float:  # by polarisation
         plus, minus = (st.clustered_mean(v, UNEQUAL).error[0] for v in (x + y, x - y))
@@ -89,15 +96,19 @@ def test_clusters_are_numbered_as_they_appear() -> None:
     for case in cases:
         order = list(dict.fromkeys(case))
         for clusters in (case, np.array(case), np.array(case, np.int32), [str(c) for c in case]):
-            numbers, count = st.cluster_numbers(clusters)
-            assert (numbers.tolist(), count) == ([order.index(c) for c in case], len(order))
-            assert numbers.dtype == np.int64
+            held = st.Clusters.of(clusters)
+            assert (held.numbers.tolist(), held.count) == ([order.index(c) for c in case], len(order))
+            assert held.numbers.dtype == np.int64
+            assert st.Clusters.of(held) is held
+            assert len(held) == held.sizes.sum() == len(case)
+            assert held.sizes.tolist() == [case.count(c) for c in order]
 
 
 def test_degrees_of_freedom_by_the_whole_matrix() -> None:
     """df = 2 E[q]^2 / Var[q] = tr(AV)^2 / tr(AVAV) for q = x'Ax, with A and V written out item by item."""
     values = np.random.default_rng(8).normal(size=12)
-    numbers, groups = st.cluster_numbers(UNEQUAL)
+    held = st.Clusters.of(UNEQUAL)
+    numbers, groups = held.numbers, held.count
     same = numbers[:, None] == numbers
     centre = np.eye(12) - 1 / 12
     sums = np.stack([(numbers == g) @ centre / 12 for g in range(groups)])

@@ -34,7 +34,7 @@ from ablations.report.svg import (
 )
 from ablations.tables.suite_extras import LawGrid, LossCell
 from ablations.tables.suite_table import SuiteRow
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 from mm1.run import Run as TrainingRun
 
 POINTS, FEW_POINTS = 100, 40

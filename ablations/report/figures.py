@@ -33,7 +33,7 @@ from ablations.report.svg import (
 )
 from ablations.statistics import t_quantile
 from ablations.tables.cells import Block, Cell, Row
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 
 MANY = 40
 """Variants from which on a figure is folded up until the reader opens it."""

@@ -11,7 +11,7 @@ from ablations.report.svg import Panel, figure, label_margin, linear, padded, sh
 from ablations.statistics import Difference
 from ablations.tables.cells import Block
 from ablations.tables.effects import Effects
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 
 
 @dataclass(frozen=True)

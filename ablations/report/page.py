@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ablations.plots import COLOURS
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ablations.report.svg import label_html
 from ablations.results import Evaluation
 from ablations.tables.selection import Selection
 from configs.errors import UserError
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 
 if TYPE_CHECKING:
     from eval.tasks.pool import TaskData

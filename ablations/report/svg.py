@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 
 CHARACTER = 6.1
 """Pixels of an average character at the panels' 11 pixel type."""

@@ -16,7 +16,7 @@ from ablations.tables.render import duration, si
 from ablations.tables.sections import Section
 from ablations.tables.suite_extras import Textcore, TextcoreCell
 from ablations.tables.suite_table import SuiteRow, SuiteTable
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 from mm1.run import config_differences
 
 DIFFERENCES = 60

@@ -28,7 +28,7 @@ from ablations.suites.record import suites_folder
 from ablations.tables.held_out import held_out_sections
 from ablations.tables.render import duration, si
 from ablations.tables.suite_table import SuiteTable
-from data_pipelines.page import safe
+from data_pipelines.html_text import safe
 from mm1.run import write_atomically
 
 LISTED = 12

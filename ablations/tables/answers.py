@@ -31,11 +31,11 @@ Key = tuple[str, int]
 class Answers:
     """Scores of one variant on one task at one number of shots, in points, items in the baseline's order.
 
-    `scores`: (training seeds, demonstration seeds, items); `clusters` (items,): int64, the number of each item's image; `seeds`:
-    the training seeds of the first axis."""
+    `scores`: (training seeds, demonstration seeds, items); `clusters`: of the items; `seeds`: the training
+    seeds of the first axis."""
 
     scores: np.ndarray
-    clusters: np.ndarray
+    clusters: st.Clusters
     seeds: tuple[int, ...]
 
     def of(self, seeds: Sequence[int]) -> Answers:
@@ -77,7 +77,7 @@ def collect(selection: Selection, shots: Sequence[int] = ()) -> Collected:
     drawn, reader = demonstration_seeds(selection.variants), ScoreReader()
     _check(first, tasks, numbers)
     reference = {(t, k): reader.scores(first, t, k) for t in tasks for k in numbers}
-    clusters = {key: st.cluster_numbers(scores.clusters)[0] for key, scores in reference.items()}
+    clusters = {key: st.Clusters.of(scores.clusters) for key, scores in reference.items()}
 
     def aligned(key: Key, e: Evaluation) -> np.ndarray:
         wanted, found = reference[key], reader.scores(e, *key)
