@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import arguments, print_rows
+from benchmarks.sparq_cases import CASES, DTYPES, HEAD, HEADS, KV_HEADS, ROTATED, K, R, seconds
 from configs.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,22 +29,6 @@ if TYPE_CHECKING:
 
     from benchmarks.sparq_cuda import TimedRow
 
-HEADS, KV_HEADS, HEAD, R, K = 32, 8, 128, 32, 256
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# name: dtype, batch, tokens
-CASES = {
-    f"{dtype}_b{batch}_s{tokens}": (dtype, batch, tokens)
-    for dtype in DTYPES
-    for batch, tokens in [*((1, 2**power) for power in (4, 6, *range(8, 17))), (4, 4096), (8, 16384)]
-}
-CASES |= {
-    f"{dtype}_b{batch}_step{2**power}": (dtype, batch, 2**power)
-    for dtype in DTYPES
-    for batch in (1, 8)
-    for power in range(0, 15, 2)
-}
-CASES |= {f"{dtype}_b{batch}_shared16384": (dtype, batch, 16384) for dtype in DTYPES for batch in (1, 8, 32)}
-ROTATED = 1 << 30  # bytes of caches
 LEAST_SECONDS, MOST_CALLS = 0.4, 400  # a repeat
 
 
@@ -66,12 +51,6 @@ def read_bandwidth() -> float:
 
     memory = torch.ones(1 << 27)
     return 4 * len(memory) / min(seconds(memory.sum) for _ in range(8))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def row(name: str, repeats: int, bandwidth: float) -> TimedRow:

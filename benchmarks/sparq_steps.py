@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks import sparq
+from benchmarks.sparq_cases import CASES, DTYPES, HEAD, HEADS, KV_HEADS, ROTATED, K, R, seconds
 from benchmarks.sparq_cuda import TimedRow
 from mm1.attention.cache import SparqCache, SparqLayer
 from mm1.attention.register import sparq_attention
@@ -31,15 +31,15 @@ Work = Callable[[], object]
 
 
 def row(name: str, repeats: int, bandwidth: float) -> TimedRow:
-    which, batch, tokens = sparq.CASES[name]
-    dtype = getattr(torch, sparq.DTYPES[which])
-    dense = tokens < max(DENSE_BELOW[dtype], sparq.K + 1)
+    which, batch, tokens = CASES[name]
+    dtype = getattr(torch, DTYPES[which])
+    dense = tokens < max(DENSE_BELOW[dtype], K + 1)
     shared = "shared" in name
-    chosen = 2 * sparq.K * sparq.HEAD
-    moved = tokens * 2 * sparq.HEAD if dense else tokens * sparq.R + chosen
+    chosen = 2 * K * HEAD
+    moved = tokens * 2 * HEAD if dense else tokens * R + chosen
     if shared:  # the components that any row may ask for, once, and each row's own
-        moved = tokens * sparq.HEAD + batch * (OWN * sparq.R + chosen)
-    moved *= sparq.KV_HEADS * dtype.itemsize * (1 if shared else batch)
+        moved = tokens * HEAD + batch * (OWN * R + chosen)
+    moved *= KV_HEADS * dtype.itemsize * (1 if shared else batch)
     fastest = [float("inf"), float("inf")]
     with torch.inference_mode():
         pairs = _shared(dtype, batch, tokens) if shared else _steps(dtype, batch, tokens)
@@ -48,7 +48,7 @@ def row(name: str, repeats: int, bandwidth: float) -> TimedRow:
             while spent < LEAST_SECONDS or calls < 5:
                 calls += 1
                 for side, work in enumerate(next(pairs)):
-                    took = sparq.seconds(work)
+                    took = seconds(work)
                     spent += took
                     fastest[side] = min(fastest[side], took)
     mine, peer = (1e6 * took for took in fastest)
@@ -58,18 +58,18 @@ def row(name: str, repeats: int, bandwidth: float) -> TimedRow:
 
 
 def _copies(size: int) -> int:
-    return max(1, min(64, sparq.ROTATED // (6 * size)))
+    return max(1, min(64, ROTATED // (6 * size)))
 
 
 def _steps(dtype: torch.dtype, batch: int, tokens: int) -> Iterator[tuple[Work, Work]]:
     """Our step and the peer's, each time on other caches, of tokens - 1 tokens."""
-    module, scale = SimpleNamespace(num_key_value_groups=sparq.HEADS // sparq.KV_HEADS, is_causal=True), sparq.HEAD**-0.5
-    heads = (sparq.HEADS, sparq.KV_HEADS, sparq.KV_HEADS)
-    q, key, value = (torch.randn(batch, 1, count, sparq.HEAD).to(dtype).transpose(1, 2) for count in heads)
+    module, scale = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True), HEAD**-0.5
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    q, key, value = (torch.randn(batch, 1, count, HEAD).to(dtype).transpose(1, 2) for count in heads)
     caches = []
-    for _ in range(_copies(batch * sparq.KV_HEADS * tokens * sparq.HEAD * dtype.itemsize)):
-        keys, values = torch.randn(2, batch, sparq.KV_HEADS, tokens - 1, sparq.HEAD).to(dtype)
-        layer = SparqLayer(SparqSettings(r=sparq.R, k=sparq.K), capacity=tokens)
+    for _ in range(_copies(batch * KV_HEADS * tokens * HEAD * dtype.itemsize)):
+        keys, values = torch.randn(2, batch, KV_HEADS, tokens - 1, HEAD).to(dtype)
+        layer = SparqLayer(SparqSettings(r=R, k=K), capacity=tokens)
         ours, theirs = SparqCache(layers=[layer]), DynamicCache()
         ours.update(keys, values, 0)
         layer.settle(None)
@@ -89,19 +89,19 @@ def _steps(dtype: torch.dtype, batch: int, tokens: int) -> Iterator[tuple[Work, 
 
 
 def _shared(dtype: torch.dtype, batch: int, tokens: int) -> Iterator[tuple[Work, Work]]:
-    q, zero = torch.randn(batch, sparq.HEADS, sparq.HEAD).to(dtype), torch.zeros(batch, dtype=torch.int64)
-    settings, visible = SparqSettings(r=sparq.R, k=sparq.K), torch.ones(batch, 1, OWN, dtype=torch.bool)
-    mean = torch.randn(batch, sparq.KV_HEADS, sparq.HEAD)
+    q, zero = torch.randn(batch, HEADS, HEAD).to(dtype), torch.zeros(batch, dtype=torch.int64)
+    settings, visible = SparqSettings(r=R, k=K), torch.ones(batch, 1, OWN, dtype=torch.bool)
+    mean = torch.randn(batch, KV_HEADS, HEAD)
     caches = []
-    for _ in range(_copies(sparq.KV_HEADS * tokens * sparq.HEAD * dtype.itemsize)):
+    for _ in range(_copies(KV_HEADS * tokens * HEAD * dtype.itemsize)):
         parts = []
         for rows, length in ((1, tokens), (batch, OWN)):
-            keys, values = torch.randn(2, rows, sparq.KV_HEADS, length, sparq.HEAD).to(dtype)
+            keys, values = torch.randn(2, rows, KV_HEADS, length, HEAD).to(dtype)
             parts.append(Segment(keys, keys.transpose(2, 3).contiguous(), values, zero, zero + length))
         caches.append(parts)
     while True:
         for prefix, own in caches:
             yield (
                 lambda prefix=prefix, own=own: sparq_shared(q, prefix, own, mean, settings),  # type: ignore[misc]
-                lambda prefix=prefix, own=own: dense_shared(q[:, :, None], prefix, own, visible, sparq.HEAD**-0.5),  # type: ignore[misc]
+                lambda prefix=prefix, own=own: dense_shared(q[:, :, None], prefix, own, visible, HEAD**-0.5),  # type: ignore[misc]
             )

@@ -255,6 +255,18 @@ def _write_many(folder: str, seed: int, together: Any) -> None:
         store.put(keys(*numbers), values(*numbers))
 
 
+def test_a_put_waits_for_the_writer_before_it_and_goes_on_behind_what_that_one_wrote(tmp_path: Path) -> None:
+    ours, theirs = opened(tmp_path), opened(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with theirs._lock():
+            waiting = pool.submit(ours.put, keys(2, 3), values(2, 3))
+            time.sleep(0.3)
+            assert not waiting.done()
+            theirs._write(keys(1)[0], values(1).view(torch.uint8).numpy().tobytes(), 0)
+        assert waiting.result() == 2
+    assert torch.equal(held(opened(tmp_path), 1, 2, 3), values(1, 2, 3))
+
+
 def test_processes_write_together(tmp_path: Path) -> None:
     context = get_context("fork")
     together = context.Barrier(3)

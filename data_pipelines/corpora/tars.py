@@ -28,7 +28,7 @@ from data_pipelines.formats import LAYOUTS
 from data_pipelines.index import IndexBuilder
 from data_pipelines.order import keyed
 from data_pipelines.shards import Manifest, Shard, Split, sha256_of
-from data_pipelines.storage import ReadError, is_remote, matches, open_file, size_of
+from data_pipelines.storage import ReadError, braces, is_remote, matches, open_file, size_of
 from data_pipelines.tar import Damage, Sample, read_members, samples
 from data_pipelines.tokenizer import train_tokenizer
 from data_pipelines.tokens import load_tokenizer
@@ -84,17 +84,12 @@ def expand(source: str, patterns: Sequence[str]) -> list[str]:
 
     Raises UserError naming the pattern when it matches nothing or only in part, and when a shard is named twice.
     """
-    from braceexpand import braceexpand
-
     found: dict[str, str] = {}  # resolved -> as named, so that a link cannot bring one shard in twice
     for pattern in patterns:
         where = f"corpus.{source}={pattern}"
         if pattern.startswith("pipe:"):
             raise UserError(f"{where}: what a command prints cannot be read at random. Give the files, or their URLs.")
-        try:
-            pieces = list(braceexpand(pattern))
-        except ValueError as error:
-            raise UserError(f"{where}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
+        pieces = braces(pattern, where)
         matched = {piece: matches(piece) for piece in pieces}
         missing = [piece for piece in pieces if not matched[piece]]
         if missing:

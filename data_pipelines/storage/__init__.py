@@ -94,19 +94,24 @@ def matches(piece: str, access: Access = DEFAULTS) -> list[str]:
     return persist(piece, access, listed)
 
 
+def braces(pattern: str, named: str | None = None) -> list[str]:
+    """The pieces that a pattern's braces stand for, in their order. Raises UserError, beginning with `named` or the pattern, for
+    braces that cannot be read."""
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{named or shown(pattern)}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
+
+
 def expand(pattern: str, access: Access = DEFAULTS) -> list[str]:
     """All files a pattern names: braces in their order, what * matches in sorted order.
 
     Raises MissingError for the first piece that names none, UserError for braces that cannot be read.
     """
-    from braceexpand import braceexpand
-
-    try:
-        pieces = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{shown(pattern)}: {error}. Write braces as in shard-{{000..127}}.tar.") from error
     found: list[str] = []
-    for piece in pieces:
+    for piece in braces(pattern):
         if not (files := matches(piece, access)):
             part = f" ({shown(piece)})" if piece != pattern else ""
             raise MissingError(f"{shown(pattern)}{part}: no such file. Correct the pattern, or bring the shards there.")
