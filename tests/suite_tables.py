@@ -104,7 +104,7 @@ def _write_losses(folder: Path, made: MadeSuite, choice: Choice, seed: int) -> N
         fall = 4.5 * math.exp(-step / (0.9 * made.steps)) + end - 0.4
         own = {"captions": fall - 0.5, "interleaved": fall - 0.2, "text": fall + 1.8}
         noisy = {f"loss_{kind}": round(value + float(draw.normal(0, 0.12)), 4) for kind, value in own.items()}
-        lines.append({"step": step, "loss": round(sum(noisy.values()) / 3, 4)} | noisy)
+        lines.append({"step": step, "loss": round(sum(noisy.values()) / 3, 4), "images_per_second": 100.0 + step} | noisy)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     record = json.loads((folder / "run.json").read_text())
     own_end = end + 0.1

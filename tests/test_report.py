@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from ablations.law import Optimum, best_rate, fit
+from ablations.report import frozen
 from ablations.report import samples as report_samples
-from ablations.report.curves import extent_of, thinned, training_of
+from ablations.report.curves import Training, extent_of, thinned, training_of
 from ablations.report.figures import in_order, pareto
 from ablations.report.svg import log_ticks, ticks
 from ablations.report.write import write_report
@@ -171,6 +172,33 @@ def test_a_frozen_encoder_says_what_its_features_cost(suite: SuiteTable, tmp_pat
     parts = [part.split("</details>")[0] for part in written.split('id="cell-')[1:]]
     told = "features of 12,345 pictures came from the store, 678 were computed"
     assert [told in part for part in parts] == [number == 1 for number in range(len(parts))]
+    assert "12,345 pictures" not in written.split('id="frozen"')[0]
+    assert "Of 13,023 pictures in all steps 678 were encoded" in written.split('id="frozen"')[1]
+
+
+def test_the_speed_of_reading_features_is_that_of_windows_that_read_nearly_all() -> None:
+    windows = [(0.0, 10.0), (0.1, 30.0), (0.05, 20.0), (0.5, 1000.0), (0.9, 70.0), (1.0, 90.0)]
+    held = frozen.rates(windows)
+    assert (held.computing, held.reading, held.computed, held.read) == (20.0, 80.0, 3, 2)
+    shown = frozen.frozen_encoder([Training("a", features_read=4, features_computed=3, windows=windows), Training("no tower")])
+    assert "80 images a second while reading, 20 while computing: 4.0 times as fast" in shown
+    assert "no tower" not in shown
+    assert "no logged window read nearly all" in frozen.frozen_encoder([Training("a", features_computed=3, windows=windows[:3])])
+    assert frozen.frozen_encoder([Training("no tower")]) == ""
+
+
+def test_the_windows_of_a_frozen_encoder_are_those_after_the_first(suite: SuiteTable) -> None:
+    run = suite.rows[1].runs[0].folder
+    record = json.loads((run / "run.json").read_text())
+    assert training_of(suite.rows[1]).windows == []
+    try:
+        (run / "run.json").write_text(json.dumps(record | {"features_read": 5, "features_computed": 6}))
+        lines = suite.rows[1].runs[0].metrics()
+        found = training_of(suite.rows[1]).windows
+    finally:
+        (run / "run.json").write_text(json.dumps(record))
+    assert len(lines) > 2
+    assert found == [(line.get("features_read", 0.0), line["images_per_second"]) for line in lines[1:]]
 
 
 def test_the_commands_are_those_of_the_plan(suite: SuiteTable, tmp_path: Path) -> None:

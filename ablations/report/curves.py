@@ -54,6 +54,8 @@ class Training:
     features_read: int = 0
     """Pictures of a frozen encoder, over all seeds, that came from the store; and those that were encoded."""
     features_computed: int = 0
+    windows: list[tuple[float, float]] = field(default_factory=list)
+    """Of logged steps with a frozen encoder: (share of the pictures read from the store, images a second); see frozen.py."""
     unlogged: list[str] = field(default_factory=list)
 
     def mean(self, kind: str) -> Curve | None:
@@ -79,6 +81,8 @@ def training_of(row: SuiteRow, points: int = POINTS) -> Training:
         made.features_read += int(info.get("features_read", 0))
         made.features_computed += int(info.get("features_computed", 0))
         lines = run.metrics() if (run.folder / "metrics.jsonl").is_file() else []
+        if "features_read" in info:  # without the first window, in which things are compiled and memory is laid out
+            made.windows += [(line.get("features_read", 0.0), line["images_per_second"]) for line in lines[1:]]
         if len(lines) < 2:
             made.unlogged.append(run.label)
         for kind in LOSSES:

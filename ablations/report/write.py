@@ -21,6 +21,7 @@ from ablations.report import tables
 from ablations.report.curves import FEW_POINTS, POINTS, Training, held_out, law_figures, loss_figures, training_of
 from ablations.report.figures import MANY, Layout, cost, scores
 from ablations.report.forest import forest, main_effects
+from ablations.report.frozen import frozen_encoder
 from ablations.report.page import Section, page, tabs
 from ablations.report.samples import samples
 from ablations.report.svg import figure
@@ -131,6 +132,8 @@ def _sections(suite: SuiteTable, trainings: Sequence[Training]) -> list[Section]
     if suite.held_out is not None:
         losses += "".join(f"<h3>{safe(part.title)}</h3>" + tables.plain(part) for part in held_out_sections(suite.held_out))
     sections.append(Section("training", "Training", losses))
+    if frozen := frozen_encoder(trainings):
+        sections.append(Section("frozen", "Frozen encoder", frozen))
     sections.append(Section("answers", "Sample answers", samples(suite.selection, table.shots)))
     took = tables.resources(suite, by_label) + '<p class="note">Per run, means over seeds; "of": as planned.</p>'
     sections.append(Section("cells", "Cells", took + tables.cells(suite, by_label)))
