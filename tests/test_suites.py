@@ -128,6 +128,19 @@ def test_a_suite_that_is_wrong_says_where(axes: dict[str, Any], more: dict[str, 
         plan_cells(suite(axes, **more), "tiny", composer=composer)
 
 
+def test_an_axis_may_make_valid_what_all_cells_have(composer: Composer) -> None:
+    """DINOv2 sees patches of 14 pixels, which the scale's 96 pixels are no multiple of; each cell says another size."""
+    sizes = {"size": {"low": ["image_encoder.image_size=56"], "high": ["image_encoder.image_size=98"]}}
+    extra = ["image_encoder=dinov2_s14", *step_overrides("tiny", 100, ["image_encoder=dinov2_s14"])]
+    cells = plan_cells(suite(sizes), "tiny", extra=extra, composer=composer)
+    assert [(c.config.image_encoder.image_size, c.config.train.steps) for c in cells] == [(56, 100), (98, 100)]
+    sizes["size"]["odd"] = ["image_encoder.image_size=64"]
+    with pytest.raises(UserError, match=r"1 of 3 cells are invalid:\n  odd: image_encoder\.image_size=64: .*multiple of 14"):
+        plan_cells(suite(sizes), "tiny", extra=extra, composer=composer)
+    with pytest.raises(UserError, match=r"^image_encoder\.image_size=96: .*multiple of 14"):
+        plan_cells(suite({"rate": {"a": [], "b": ["optim.peak_lr=1e-3"]}}), "tiny", extra=extra, composer=composer)
+
+
 def test_what_is_declared_may_change_together(composer: Composer) -> None:
     axes = {"one": {"a": [], "b": ["connector.num_tokens=4", "optim.peak_lr=1e-3"]}}
     cells = plan_cells(suite(axes, changes={"one": ["optim"]}), "tiny", composer=composer)

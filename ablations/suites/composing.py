@@ -40,13 +40,18 @@ class Composer:
 
     def compose(self, overrides: Sequence[str]) -> TrainConfig:
         """Raises UserError for what Hydra or the configuration itself refuses, as one line that begins with the override."""
+        return typed(self.raw(overrides))
+
+    def raw(self, overrides: Sequence[str]) -> Any:
+        """As Hydra composes it, not yet checked as a whole: what all cells share may be no training by itself. Raises UserError
+        for what Hydra refuses."""
         simple = not any(override.startswith(("~", "++")) for override in overrides)
         files = tuple(o for o in overrides if chooses_file(o)) if simple else tuple(overrides)
         raw = copy.deepcopy(self._files(files))
         for override in overrides if simple else ():
             if not chooses_file(override):
                 self._set(raw, override)
-        return typed(raw)
+        return raw
 
     def _files(self, overrides: tuple[str, ...]) -> Any:
         if overrides in self._chosen:
@@ -106,7 +111,7 @@ def step_overrides(scale: str, steps: int | None, extra: Sequence[str]) -> list[
         return []
     if other := next((o for o in extra if o.startswith("train.steps=")), None):
         raise UserError(f"steps={steps} and {other}: give one of them.")
-    base = Composer().compose([f"scale={scale}", *extra])
+    base = Composer().raw([f"scale={scale}", *extra])
     warmup = round(base.optim.warmup_steps * steps / base.train.steps)
     found = [f"train.steps={steps}"]
     if not any(o.startswith("optim.warmup_steps=") for o in extra):

@@ -210,12 +210,13 @@ def plan_cells(
     axes = variants_at(suite, scale)
     _refuse_shared_keys(suite, axes, extra)
     base = [f"scale={scale}", *(at_scale(suite.base or [], scale) or []), *extra]
-    composer.compose(base)  # what is wrong with all cells is said once
+    composer.raw(base)  # a key that no cell can have is said once, before axes are put to it
     first = baseline_choice(suite, axes, scale)
     choices = [dict(zip(axes, labels, strict=True)) for labels in itertools.product(*axes.values())]
     choices.sort(key=lambda choice: choice != first)
     _refuse_doubles(suite, choices)
-    cells, problems = [], []
+    cells: list[PlannedCell] = []
+    problems: list[tuple[str, str]] = []
     for choice, seed in itertools.product(choices, seeds):
         chosen = [override for axis, label in choice.items() for override in axes[axis][label]]
         overrides = (*base, *chosen, f"seed={seed}", f"name={run_name(suite, choice)}")
@@ -223,10 +224,12 @@ def plan_cells(
             cells.append(PlannedCell(suite.name, choice, seed, overrides, composer.compose(overrides), choice == first))
         except UserError as error:
             if seed == seeds[0]:
-                problems.append(f"{label_of(choice)}: {error}")
+                problems.append((label_of(choice), str(error)))
     if problems:
+        if len(problems) == len(choices) and len(texts := {text for _, text in problems}) == 1:
+            raise UserError(texts.pop())  # said once
         more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        listed = "\n  ".join(problems[:SHOWN_PROBLEMS])
+        listed = "\n  ".join(f"{label}: {text}" for label, text in problems[:SHOWN_PROBLEMS])
         count = f"{len(problems)} of {len(choices)} cells are invalid"
         raise UserError(f"suite {suite.name}, scale {scale}: {count}:\n  {listed}{more}")
     _refuse_undeclared(suite, [cell for cell in cells if cell.seed == seeds[0]])
