@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def test_a_second_start_skips_what_is_finished_and_tries_what_failed(home: Path)
     fake.behaviours["00000000"] = "0"
     assert states(fake.runner(retries=0).run()) == ["finished", "finished"]
     assert [len(fake.started(i)) for i in range(2)] == [2, 1]
+
+
+def test_all_variants_are_trained_once_before_any_is_trained_again(home: Path) -> None:
+    fake = Fake(home, ["0"] * 6)
+    fake.cells = [replace(cell, seed=number % 3) for number, cell in enumerate(fake.cells)]
+    fake.runner(parallel=1).run()
+    began = {number: json.loads(fake.started(number)[0].read_text())[0] for number in range(6)}
+    assert sorted(began, key=lambda number: began[number]) == [0, 3, 1, 4, 2, 5]
 
 
 def test_as_many_at_once_as_asked_and_no_more(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

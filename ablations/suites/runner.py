@@ -75,7 +75,8 @@ class Runner:
     ) -> None:
         self.place, self.launcher, self.make_job = place, launcher, make_job
         self.cells = {cell.hash: cell for cell in reversed(cells)}
-        self.order = list(dict.fromkeys(cell.hash for cell in cells))
+        # seed by seed: a suite that is looked at, or stopped, halfway has compared all its variants
+        self.order = list(dict.fromkeys(cell.hash for cell in sorted(cells, key=lambda cell: cell.seed)))
         self.evaluations, self.retries, self.poll = evaluations, retries, poll
         self.parallel = min(parallel, launcher.parallel or parallel)
         self.running: dict[str, Running] = {}
@@ -126,7 +127,7 @@ class Runner:
             time.sleep(self.poll)
 
     def _open(self) -> list[str]:
-        """Cells that may still be started, in the plan's order; those that failed come after the others."""
+        """Cells that may still be started, in order; those that failed come after the others."""
         waiting = [k for k in self.order if k not in self.running and self.states[k].name not in (FINISHED, FAILED, DAMAGED)]
         return sorted(waiting, key=lambda key: self._record_failures(key))
 
