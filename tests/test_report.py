@@ -20,11 +20,12 @@ from ablations.law import Optimum, best_rate, fit
 from ablations.report import frozen
 from ablations.report import samples as report_samples
 from ablations.report.curves import Training, extent_of, thinned, training_of
-from ablations.report.figures import in_order, pareto
+from ablations.report.figures import Layout, in_order, pareto, scores
 from ablations.report.svg import log_ticks, ticks
 from ablations.report.write import write_report
-from ablations.statistics import difference
+from ablations.statistics import Combined, difference
 from ablations.suites.record import SuiteFolder
+from ablations.tables.cells import Block, Cell, Row
 from ablations.tables.held_out import Change, HeldOut, LossEffect, LossRow
 from ablations.tables.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
 from ablations.tables.suite_table import SuiteTable
@@ -159,6 +160,23 @@ def test_held_out_losses_stand_with_their_changes(suite: SuiteTable, tmp_path: P
     assert '<td class="n" data-v="4.25">4.250</td><td class="n" data-v="-0.25">-0.250 [-0.293, -0.207] *</td>' in shown[0]
     assert "kind&lt;" in shown[1]
     assert f"<td>{html.escape(f'{other} - {base}')}</td>" in shown[1]
+
+
+def test_intervals_end_where_their_panel_ends() -> None:
+    def cell(mean: float) -> Cell:
+        return Cell(Combined(mean, 9.0, 5.0, 9.0, None, None, 20, 20))
+
+    names = ["1e-4", "2e-4", "4e-4"]
+    rows = [Row(name, None, [0], True, {0: cell(2.0 + number)}) for number, name in enumerate(names)]
+    layout = Layout({"rate": names}, {name: {"rate": name} for name in names}, [0])
+    drawn = scores(Block("captions", "cider_d", "captioning", None, rows, {}), layout)
+    ends = [
+        float(y) for line in re.findall(r"<line [^>]*stroke soft[^>]*>", drawn) for y in re.findall(r' y[12]="([\d.]+)"', line)
+    ]
+    marks = [float(y) for y in re.findall(r'<circle [^>]*cy="([\d.]+)"', drawn)]
+    zero = marks[0] + 2 * (marks[0] - marks[1])  # means 2 and 3 tell where 0 is drawn
+    assert len(ends) == 6
+    assert max(ends) == pytest.approx(zero, abs=0.5)
 
 
 def test_a_frozen_encoder_says_what_its_features_cost(suite: SuiteTable, tmp_path: Path) -> None:

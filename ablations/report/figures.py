@@ -178,6 +178,7 @@ def _lines(block: Block, rows: Sequence[Row], layout: Layout, axis: str) -> Draw
     shots = layout.shots
     spread = [row.cells[k].score.mean + s * half_width(row.cells[k]) for row in rows for k in shots for s in (-1, 1)]
     low, high = padded([*spread, *([] if block.chance is None else [block.chance])])
+    low = max(0.0, low)  # no score is below it, though an interval may be
     series = layout.ranked({layout.rest(row.label, axis) for row in rows}, axis)
     width = 366 if len(series) > 1 else 440
     slot = (width - 50) / len(names)
@@ -186,15 +187,15 @@ def _lines(block: Block, rows: Sequence[Row], layout: Layout, axis: str) -> Draw
     def start(title: str) -> Panel:
         below = slot_margin(labels, slot)
         panel = Panel(title, width=width, height=210 + below, bottom=below + 6, top=26 if title else 10)
-        y = linear(max(0.0, low), high, panel.y0, panel.y1)
-        panel.y_axis(ticks(max(0.0, low), high), y)
+        y = linear(low, high, panel.y0, panel.y1)
+        panel.y_axis(ticks(low, high), y)
         panel.slots(labels, lambda i: panel.x0 + (i + 0.5) * slot, slot)
         if block.chance is not None:
             panel.line(panel.x0, y(block.chance), panel.x1, y(block.chance), "chance")
         return panel
 
     def draw(panel: Panel, own: Sequence[Row], k: int, kind: str, offset: float) -> None:
-        y = linear(max(0.0, low), high, panel.y0, panel.y1)
+        y = linear(low, high, panel.y0, panel.y1)
         ranked = sorted(own, key=lambda row: names.index(layout.variant(row.label, axis)))
         points = []
         for row in ranked:
