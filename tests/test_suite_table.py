@@ -113,6 +113,15 @@ def test_with_no_seed_in_common_all_are_compared_and_that_is_said() -> None:
     assert "with none in common" in render_suite_markdown(found)
 
 
+def test_rows_that_lack_the_same_seeds_share_a_note() -> None:
+    finished(Study(config(), seeds=[0, 1]), "cabs.many.seed1", "avgpool.many.seed1", "avgpool.few.seed0")
+    notes = [note for note in suite_table("connector").table.notes if "the training seeds" in note]
+    assert sorted(notes, key=len, reverse=True) == [
+        "avgpool.many, cabs.many have the training seeds 0, cabs.few has 0, 1: their Δ is over the seeds that both have (0).",
+        "avgpool.few has the training seeds 1, cabs.few has 0, 1: its Δ is over the seeds that both have (1).",
+    ]
+
+
 def test_only_the_suites_own_evaluations_are_taken() -> None:
     study = finished(Study(config()))
     before = render_suite_markdown(suite_table("connector"))

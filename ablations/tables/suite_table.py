@@ -195,6 +195,31 @@ def _consumed(done: Done) -> tuple[str, int, bool, dict[str, float]]:
 # ----------------------------------------------------------------------------------------------------------------- notes
 
 
+def _seed_notes(found: SuiteTable) -> list[str]:
+    """One for each set of training seeds that is not the baseline's."""
+    base = tuple(next(row for row in found.rows if row.label == found.baseline).finished_seeds)
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for row in found.rows[1:]:
+        by_seeds.setdefault(tuple(row.finished_seeds), []).append(row.label)
+    notes = []
+    for own, labels in by_seeds.items():
+        if own == base:
+            continue
+        shared = [seed for seed in own if seed in base]
+        over = (
+            f"over the seeds that both have ({', '.join(map(str, shared))})"
+            if shared
+            else "with none in common over all of both, which saw other orders of the data"
+        )
+        named = ", ".join(labels[:LISTED]) + (f" and {len(labels) - LISTED} more" if len(labels) > LISTED else "")
+        have, its = ("has", "its") if len(labels) == 1 else ("have", "their")
+        notes.append(
+            f"{named} {have} the training seeds {', '.join(map(str, own))}, {found.baseline} has {', '.join(map(str, base))}: "
+            f"{its} Δ is {over}."
+        )
+    return notes
+
+
 def _notes(found: SuiteTable) -> list[str]:
     """The table's notes, and what a suite adds to them: its matching, seeds that are missing, the paper's values."""
     table = found.table
@@ -205,21 +230,7 @@ def _notes(found: SuiteTable) -> list[str]:
         notes.append(f"{matching}. ≠: these did not, so their difference is not of the variant alone: {'; '.join(marked)}.")
     else:
         notes.append(f"{matching}, and did.")
-    base = next(row for row in found.rows if row.label == found.baseline).finished_seeds
-    for row in found.rows[1:]:
-        own = row.finished_seeds
-        if own == base:
-            continue
-        shared = [seed for seed in own if seed in base]
-        over = (
-            f"its Δ is over the seeds that both have ({', '.join(map(str, shared))})"
-            if shared
-            else "with none in common its Δ is over all of both, which saw other orders of the data"
-        )
-        notes.append(
-            f"{row.label} has the training seeds {', '.join(map(str, own))}, {found.baseline} has "
-            f"{', '.join(map(str, base))}: {over}."
-        )
+    notes += _seed_notes(found)
     corpora = {f"{run.corpus} {run.corpus_fingerprint[:8]}" for row in found.rows for run in row.runs}
     if len(corpora) > 1:
         notes.append(f"The rows were trained on different corpora: {', '.join(sorted(corpora))}.")
