@@ -152,7 +152,8 @@ def law_section(found: LawGrid) -> Section:
     if found.law is not None:
         law = found.law
         notes.append(
-            f"log(rate) = {law.a:.4f} log(N) + {law.b:.4f}, N decoder parameters without embeddings; MM1: -0.4214, -0.5535."
+            f"log(rate) = {law.a:.4f} log(N) {'-' if law.b < 0 else '+'} {abs(law.b):.4f}, N decoder parameters without "
+            "embeddings; MM1: -0.4214, -0.5535."
         )
         intervals = [f"{k} [{i[0]:.4f}, {i[1]:.4f}]" for k, i in (("slope", law.a_interval), ("offset", law.b_interval)) if i]
         notes.append(f"95 % intervals: {', '.join(intervals)}." if intervals else "Two sizes give no intervals.")
