@@ -218,7 +218,8 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
     final = runner.run()
     failed = [cell.name for cell in runner.cells.values() if final[cell.hash].name not in (FINISHED,)]
     if runner.stopping:
-        print("Stopped. Go on with the same command, or: python -m ablations.run resume suite=" + suite.name)
+        named = shlex.join(_named(suite.name, config, place.folder))
+        print(f"Stopped. Go on with the same command, or: python -m ablations.run resume {named}")
         return 130
     if failed:
         print(f"{len(failed)} runs are not finished: {', '.join(failed[:10])}. See {place.folder / 'logs'}", file=sys.stderr)

@@ -376,3 +376,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_the_way_to_go_on_names_the_suites_own_folder(home: Path) -> None:
+    from ablations.run import RunConfig, _named
+    from ablations.suites.planning import suite_folder
+
+    for extra in ([], ["data=full"]):
+        place = suite_folder("connector", "small", extra)
+        arguments = dict(argument.split("=") for argument in _named("connector", RunConfig(scale_name="small"), place.folder))
+        assert suite_folder(arguments["suite"], arguments["scale"], [], arguments.get("folder")).folder == place.folder
