@@ -1,4 +1,4 @@
-"""Synthetic captions: two or three sentences about a picture, made from what is known of it beyond its name.
+"""Synthetic captions: one to three sentences about a picture, made from what is known of it beyond its name.
 
 MM1's VeCap rewrites what web pages say about an image, with a model's account of what the image shows. Where a corpus has such
 captions, they are a source of their own (captions_synthetic), so that a mixture can take some of either. Here no model is asked:
@@ -34,7 +34,7 @@ TEMPLATES = ("This is {medium}: {name}.", "{name}, in {medium}.", "{name} ({medi
 
 
 def describe(picture: Picture, seed: int) -> str:
-    """The picture in two or three sentences; the wording depends on seed and picture alone.
+    """The picture in one to three sentences; the wording depends on seed and picture alone.
 
     `picture` has been rendered, or no colours are named.
     """
