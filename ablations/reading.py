@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 
 
-def read_object(path: Path, version: int, remedy: str) -> dict[str, Any]:
-    """The object in `path`. Raises UserError, ending with `remedy`, where it is missing, half-written or of another `version`."""
+def read_object(path: Path, version: int, remedy: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The object in `path`, which `parse` makes of its text.
+
+    Raises UserError, ending with `remedy`, where it is missing, half-written or of another `version`.
+    """
     remedy = remedy[:1].upper() + remedy[1:]
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. {remedy}") from None
     except json.JSONDecodeError as error:

@@ -30,11 +30,12 @@ def t_quantile(probability: float, df: float) -> float:
     tail = 2 * (1 - probability)
     scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
     t = z + (z**3 + z) / (4 * df)  # two terms of Cornish and Fisher's expansion (Abramowitz and Stegun 26.7.5)
-    for _ in range(200):  # Newton's method; P(|T| >= t) is convex, so that from below it cannot overshoot
+    for _ in range(200):  # Halley's method; far off, where its denominator nears 0, at most two of Newton's steps
         density = scale * (1 + t * t / df) ** (-(df + 1) / 2)
         step = (t_two_sided(t, df) - tail) / (2 * density)
+        step /= max(0.5, 1 - step * (df + 1) * t / (df + t * t) / 2)
         t += max(step, -t / 2)
-        if abs(step) <= 1e-12 * t:
+        if abs(step) <= 1e-5 * t:  # the error left is of the order of the step's cube
             break
     return t
 
@@ -78,19 +79,16 @@ def _incomplete_beta(a: float, b: float, x: float, complement: float) -> float:
     if x > (a + 1) / (a + b + 2):
         return 1 - _incomplete_beta(b, a, complement, x)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(complement)) / a
-    tiny, fraction, c, d = 1e-300, 1.0, 1.0, 0.0
-    for step in range(400):
-        m = step // 2
-        if step == 0:
-            term = 1.0
-        elif step % 2 == 0:
-            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        else:
-            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        d = 1 + term * d
-        d = 1 / (d if abs(d) > tiny else tiny)
-        c = 1 + term / (c if abs(c) > tiny else tiny)
+    tiny, c = 1e-300, 1.0
+    fraction = d = 1 / (1 - (a + b) * x / (a + 1) or tiny)
+    for m in range(1, 200):  # two levels of the fraction a round
+        even = a + 2 * m
+        term = m * (b - m) * x / ((even - 1) * even)
+        d, c = 1 / (1 + term * d or tiny), 1 + term / c or tiny
+        fraction *= c * d
+        term = -(a + m) * (a + b + m) * x / (even * (even + 1))
+        d, c = 1 / (1 + term * d or tiny), 1 + term / c or tiny
         fraction *= c * d
         if abs(1 - c * d) < 1e-14:
             break
-    return front * (fraction - 1)
+    return front * fraction

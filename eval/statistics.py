@@ -87,6 +87,24 @@ class Clusters:
         """float64 (n,) -> (count,)."""
         return np.bincount(self.numbers, values, self.count)
 
+    @cached_property
+    def weight(self) -> float:
+        """Sum of c_g = w_g^2 / (1 - w_g)."""
+        return float((self.shares**2 / (1 - self.shares)).sum())
+
+    @cached_property
+    def moments(self) -> tuple[list[list[float]], list[list[float]]]:
+        """What `_degrees_of_freedom` sums over clusters, as polynomials of the correlation rho within them, lowest power first.
+
+        With s_g = 1/n_g + rho (1 - 1/n_g) and c_g = w_g^2 / (1 - w_g): the sums of w^2 s, c s, c w s and c^2 s, linear in rho;
+        those of c w^2 s^2 and c^2 (1 - 4w) s^2, quadratic. A table asks for them thousands of times with the same clusters.
+        """
+        w, u = self.shares, 1 / self.sizes
+        c, v = w**2 / (1 - w), 1 - u
+        linear = np.stack([w**2, c, c * w, c**2]) @ np.stack([u, v], 1)
+        quadratic = np.stack([c * w**2, c**2 * (1 - 4 * w)]) @ np.stack([u * u, 2 * u * v, v * v], 1)
+        return linear.tolist(), quadratic.tolist()
+
 
 def clustered_mean(values: Sequence[float] | Array, clusters: Sequence[Hashable] | Array | Clusters) -> Estimate:
     """Mean of `values` (n,) and its standard error by the formula above; `clusters[i]` names the image of item i.
@@ -115,17 +133,16 @@ def _degrees_of_freedom(clusters: Clusters, sums: Array, residuals: Array) -> fl
     With p_g = w_g s_g and T = Var m = sum_g w_g p_g the deviations have Cov_gh = T - p_g - p_h (+ s_g where g = h); E and Var of
     the quadratic form are then sums over single clusters.
     """
-    n, squares = len(residuals), float((residuals**2).sum())
-    pairs, w = clusters.pairs, clusters.shares
-    rho = (float((sums**2).sum()) - squares) / pairs / (squares / n) if pairs and squares else 0.0
+    n, squares = len(residuals), float(residuals @ residuals)
+    rho = (float(sums @ sums) - squares) / clusters.pairs / (squares / n) if clusters.pairs and squares else 0.0
     rho = min(1.0, max(0.0, rho))
-    s, c = rho + (1 - rho) / clusters.sizes, w**2 / (1 - w)
-    p = w * s
-    total = (w * p).sum()
-    expected = (c * (s - 2 * p + total)).sum()
-    off = (total * c.sum()) ** 2 + 2 * c.sum() * (c * p**2).sum() - 4 * total * c.sum() * (c * p).sum() + 2 * (c * p).sum() ** 2
-    on = (c**2 * s * (s + 2 * (total - 2 * p))).sum()  # the diagonal's (s + T - 2p)^2 - (T - 2p)^2
-    return round(float(expected**2 / (off + on)), 9)  # equal clusters: G - 1, without rounding's tail
+    linear, quadratic = clusters.moments
+    total, cs, cp, ccs = (a + b * rho for a, b in linear)
+    cpp, ccss = (a + b * rho + d * rho * rho for a, b, d in quadratic)
+    expected = cs - 2 * cp + total * clusters.weight
+    off = (total * clusters.weight) ** 2 + 2 * clusters.weight * cpp - 4 * total * clusters.weight * cp + 2 * cp**2
+    on = ccss + 2 * total * ccs  # the diagonal's (s + T - 2p)^2 - (T - 2p)^2
+    return round(expected**2 / (off + on), 9)  # equal clusters: G - 1, without rounding's tail
 
 
 def add_variances(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -104,10 +104,11 @@ def test_clusters_are_numbered_as_they_appear() -> None:
             assert held.sizes.tolist() == [case.count(c) for c in order]
 
 
-def test_degrees_of_freedom_by_the_whole_matrix() -> None:
+@pytest.mark.parametrize("shared", [-0.9, 0.0, 3.0])
+def test_degrees_of_freedom_by_the_whole_matrix(shared: float) -> None:
     """df = 2 E[q]^2 / Var[q] = tr(AV)^2 / tr(AVAV) for q = x'Ax, with A and V written out item by item."""
-    values = np.random.default_rng(8).normal(size=12)
-    held = st.Clusters.of(UNEQUAL)
+    values, held = np.random.default_rng(8).normal(size=12), st.Clusters.of(UNEQUAL)
+    values += shared * (held.sums(values) / held.sizes)[held.numbers]
     numbers, groups = held.numbers, held.count
     same = numbers[:, None] == numbers
     centre = np.eye(12) - 1 / 12
@@ -116,7 +117,9 @@ def test_degrees_of_freedom_by_the_whole_matrix() -> None:
     residuals = values - values.mean()
     outer = np.outer(residuals, residuals)
     rho = outer[same & ~np.eye(12, dtype=bool)].mean() / np.diag(outer).mean()
-    v = np.where(same, max(0.0, rho), 0.0) + (1 - max(0.0, rho)) * np.eye(12)
+    assert [rho < 0, 0 < rho < 1, rho > 1] == [shared < 0, shared == 0, shared > 0]
+    rho = min(1.0, max(0.0, rho))
+    v = np.where(same, rho, 0.0) + (1 - rho) * np.eye(12)
     estimate = st.clustered_mean(values, UNEQUAL)
     assert estimate.se == pytest.approx(math.sqrt(values @ a @ values))
     assert estimate.df == pytest.approx(np.trace(a @ v) ** 2 / np.trace(a @ v @ a @ v))

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ablations import statistics as st
-from ablations.results import find_runs, read_jsonl, read_run
+from ablations.results import find_runs, read_evaluation, read_jsonl, read_run
 from ablations.tables.building import build
 from ablations.tables.cells import Table
 from ablations.tables.render import CSV_COLUMNS, aligned, duration, render_csv, render_markdown, si
@@ -77,7 +77,7 @@ class Folders:
             planned = {"corpus": "starter", "seed": 0, "demonstration_seed": demonstration_seed or None}
             queries = {task: {"queries": ["a"], "demonstrations": {"a": [str(demonstration_seed)]}} for task, _ in scores}
             content = {"version": 1, "weights": weights, "plan": planned | {"tasks": queries}}
-            (folder / "plan.json").write_text(json.dumps(content))
+            (folder / "plan.json").write_text(json.dumps(content, indent=1))
         tasks: dict[str, Any] = {}
         for (task, shots), values in scores.items():
             metric, kind, chance = TASKS[task]
@@ -377,6 +377,24 @@ def test_half_written_or_other_records_are_refused(two: Folders, name: str, dama
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match=message):
         table_of(two)
+
+
+def test_a_plan_is_the_same_however_its_file_is_written_and_refused_where_either_half_is_broken(redrawn: Folders) -> None:
+    """As eval/results.py writes it the plan stands last, and is parsed once for all runs (ablations/results.py)."""
+    run = read_run(redrawn.root / "base-aaaa0000")
+    path = run.evaluations[0].folder / "plan.json"
+    text = path.read_text()
+    found = [read_evaluation(path.parent, run)]
+    for order in (sorted, lambda keys: sorted(keys, reverse=True)):  # plan first, and last
+        for indent in (None, 1, 2):
+            path.write_text(json.dumps({key: json.loads(text)[key] for key in order(json.loads(text))}, indent=indent))
+            found.append(read_evaluation(path.parent, run))
+    assert len({(e.items_plan, e.demonstration_seed, e.weights) for e in found}) == 1
+    assert found[0].items_plan
+    for broken in (text[:-9], text.replace('"weights": ', '"weights" '), text.replace('"plan": {', '"plan": ')):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="half-written or damaged"):
+            read_evaluation(path.parent, run)
 
 
 def test_results_copied_from_another_run_are_refused(two: Folders) -> None:
