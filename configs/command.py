@@ -17,7 +17,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -41,7 +42,7 @@ def command(config_name: str, *, schema: type[T]) -> Callable[[Callable[[T], Any
     def decorate(function: Callable[[T], Any]) -> Callable[[], None]:
         @functools.wraps(function)
         def main() -> None:
-            arguments = _normalise(sys.argv[1:], list_keys(schema))
+            arguments = _normalise(sys.argv[1:], key_kinds(schema))
             if not {"-h", "--help"}.isdisjoint(arguments):
                 print(help_text(config_name, inspect.getdoc(function) or "", _program(function)))
                 return
@@ -74,7 +75,7 @@ def compose(config_name: str, schema: type[T], overrides: list[str] | None = Non
 
     register(f"{config_name}_schema", schema)
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        raw = hydra_compose(config_name, overrides=_normalise(overrides or [], list_keys(schema)), return_hydra_config=True)
+        raw = hydra_compose(config_name, overrides=_normalise(overrides or [], key_kinds(schema)), return_hydra_config=True)
     return typed(raw)
 
 
@@ -120,8 +121,8 @@ def _run(function: Callable[[T], Any], raw: Any) -> int:
         return 2
 
 
-def _normalise(arguments: list[str], lists: Collection[str] = ()) -> list[str]:
-    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation=; quote paths."""
+def _normalise(arguments: list[str], kinds: Mapping[str, KeyKind] | None = None) -> list[str]:
+    """Drop the --local_rank that launchers add (ranks come from the environment); join several +ablation=; `quoted`."""
     ablations: list[str] = []
     rest: list[str] = []
     for argument in arguments:
@@ -130,37 +131,79 @@ def _normalise(arguments: list[str], lists: Collection[str] = ()) -> list[str]:
         key, _, value = argument.partition("=")
         if key == "+ablation":
             ablations += ablation_names(value)
-        elif value:
-            value = _quoted(value)
-            rest.append(f"{key}=[{value}]" if key in lists and _ONE_WORD.fullmatch(value) else f"{key}={value}")
         else:
-            rest.append(argument)
+            rest.append(quoted(argument, (kinds or {}).get(key.lstrip("+~"))))
     if ablations:
         rest.append(f"+ablation={ablations[0]}" if len(ablations) == 1 else f"+ablation=[{','.join(ablations)}]")
     return rest
 
 
-def _quoted(value: str) -> str:
-    """Quote what Hydra's grammar refuses but paths have: a leading ~, the braces of shard-{000..127}.tar, alone or in a list."""
-    if re.search("^{|[\"'()$]", value):  # a mapping, quoted by the user, a sweep, an interpolation
+# -------------------------------------------------------------------------------------------------------------- quoting
+
+
+@dataclass(frozen=True)
+class KeyKind:
+    """Whether a key of a schema holds a list, and whether it or its items are texts and nothing else."""
+
+    is_list: bool
+    is_text: bool
+
+
+def key_kinds(schema: type, prefix: str = "") -> dict[str, KeyKind]:
+    """The schema's keys that hold lists or texts, those of dataclasses within it behind a dot."""
+    found: dict[str, KeyKind] = {}
+    for key, hint in get_type_hints(schema).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        parts = tuple(part for part in parts if part is not type(None))
+        if len(parts) != 1:
+            continue
+        if is_dataclass(part := parts[0]):
+            found |= key_kinds(part, f"{prefix}{key}.")
+        elif get_origin(part) is list:
+            found[prefix + key] = KeyKind(True, get_args(part) == (str,))
+        elif part is str:
+            found[prefix + key] = KeyKind(False, True)
+    return found
+
+
+def quoted(override: str, kind: KeyKind | None = None) -> str:
+    """KEY=VALUE with quotes where Hydra's grammar would refuse or change what was meant, also in the items of a list.
+
+    Quoted are signs that paths have and that grammar has not (~, é, #, =, the braces of shard-{000..127}.tar), and where the
+    key holds texts what looks like a number or a truth value (the hash 12e45678). Where it holds a list, one word is taken for
+    the list's one item. Left alone is what has quotes or escapes already, interpolations, mappings and Hydra's functions.
+    """
+    key, equals, value = override.partition("=")
+    text = kind is not None and kind.is_text
+    if re.search(r"^\{|[\"'\\]|\$\{", value):
+        pass
+    elif not value.startswith("["):
+        value = _item(value, text, sweep=True)
+    elif "{" not in re.sub(r"\{\w+\.\.\w+\}", "", value):
+        value = re.sub(r"[^\[\],\s][^\[\],]*", lambda found: _item(found[0], text), value)
+    if kind is not None and kind.is_list and _ONE_WORD.fullmatch(value):
+        value = f"[{value}]"
+    return key + equals + value
+
+
+def _item(value: str, text: bool, sweep: bool = False) -> str:
+    plain = _PLAIN.fullmatch(value.replace(",", "") if sweep else value)
+    if _FUNCTION.fullmatch(value) or (plain and not (text and _LITERAL.fullmatch(value.strip()))):
         return value
-    if value.startswith("["):
-        return re.sub(r"[^\s\[\],]*\{\w+\.\.\w+\}[^\s\[\],]*", r'"\g<0>"', value)
-    return f'"{value}"' if value.startswith("~") or "{" in value else value
+    return quote(value)
 
 
+def quote(text: str) -> str:
+    """The value that Hydra reads back as this text, whatever its signs: backslashes count before a quote only."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + found[2].replace('"', '\\"'), text) + '"'
+
+
+_PLAIN = re.compile(r"[\w/\-+.$%*@?|: ]*", re.ASCII)
+"""What Hydra's grammar takes without quotes (backslashes, its escapes, are looked at before)."""
+_FUNCTION = re.compile(r"[a-z]+\(.*\)")
+_LITERAL = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[+-]?\d+)?|[+-]?inf|nan|true|false", re.IGNORECASE)
 _ONE_WORD = re.compile(r"""(?!null$)("[^"]*"|[^\s\[\](){},$'"]+)""")
 """A value that can only mean the list's one item; `a,b` is left to Hydra, whose message says to write [a,b]."""
-
-
-def list_keys(schema: type) -> set[str]:
-    """The schema's keys that hold lists: there KEY=WORD is taken for KEY=[WORD], which Hydra would refuse in its own terms."""
-
-    def holds_list(hint: Any) -> bool:
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        return any(get_origin(part) is list for part in parts)
-
-    return {key for key, hint in get_type_hints(schema).items() if holds_list(hint)}
 
 
 def _program(function: Callable[..., Any]) -> str:

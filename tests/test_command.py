@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 from hydra.errors import ConfigCompositionException
 
+from ablations.run import RunConfig
 from ablations.table import TableConfig
 from configs import CONFIG_DIR
-from configs.command import compose, list_keys, summary
+from configs.command import KeyKind, compose, key_kinds, quote, quoted, summary
 from configs.errors import UserError
 from eval.fewshot import EvalConfig
 from mm1.config import TrainConfig
@@ -128,8 +129,11 @@ class Lists:
     word: str = ""
 
 
-def test_only_keys_that_hold_lists_are_taken_for_lists() -> None:
-    assert list_keys(Lists) == {"names", "optional"}
+def test_keys_that_hold_lists_or_texts_are_known_by_the_schema() -> None:
+    lists = {"names": KeyKind(True, True), "optional": KeyKind(True, False), "word": KeyKind(False, True)}
+    assert key_kinds(Lists) == lists
+    assert key_kinds(RunConfig)["suite.evaluation.images"] == KeyKind(True, True)
+    assert "seeds" not in key_kinds(RunConfig), "Any: a number or a list"
 
 
 @pytest.mark.parametrize(
@@ -150,3 +154,47 @@ def test_one_number_is_a_list_and_null_stays_null() -> None:
     config = compose("eval", EvalConfig, ["run=base", "shots=4", "tasks=binding"])
     assert (config.run, config.shots, config.tasks) == ("base", [4], ["binding"])
     assert compose("eval", EvalConfig, ["run=base", "tasks=null"]).tasks is None
+
+
+# -------------------------------------------------------------------------------------------------------------- quoting
+
+AWKWARD = [
+    "/home/josé/x",
+    "/data/a(1)/b",
+    "/data/x=1",
+    "c#/x",
+    "~/x",
+    "a&b;c",
+    "shard-{000..127}.tar",
+    "表",
+    "50/50",
+    'a"b',
+    "a\\",
+]
+
+
+@pytest.mark.parametrize("text", [*AWKWARD, 'a\\"b', "a\\\\", "12e45678", "true", "a,b", "[a]", "", "a: b", " a "])
+def test_a_quoted_text_is_read_back_unchanged(text: str) -> None:
+    assert compose("eval", EvalConfig, [f"run={quote(text)}"]).run == text
+
+
+@pytest.mark.parametrize("text", [text for text in AWKWARD if not {'"', "\\"} & set(text)])
+def test_paths_need_no_quotes_alone_or_in_a_list(text: str) -> None:
+    assert compose("eval", EvalConfig, [f"run={text}"]).run == text
+    assert compose("table", TableConfig, [f"runs={text}"]).runs == [text]
+    assert compose("table", TableConfig, [f"runs=[base, {text},x]"]).runs == ["base", text, "x"]
+
+
+@pytest.mark.parametrize("text", ["12e45678", "1e23", "true", "007", "1_000", "inf", "-5"])
+def test_texts_that_look_like_numbers_stay_texts(text: str) -> None:
+    assert compose("table", TableConfig, ["suite_name=seeds", f"evaluation={text}"]).evaluation == text
+    assert compose("table", TableConfig, [f"runs=[{text},base]"]).runs == [text, "base"]
+    assert compose("table", TableConfig, [f"runs={text}"]).runs == [text]
+    assert compose("eval", EvalConfig, ["run=base", "limit=null", "seed=7"]).limit is None
+
+
+@pytest.mark.parametrize(
+    "value", ["null", "${run}", "{a: 1}", "choice(a,b)", "a,b", r"a\,b", "'a=b'", '"a=b"', "[{a: b}]", "[[x, y], [z]]", "a b"]
+)
+def test_what_hydra_has_a_meaning_for_is_left_alone(value: str) -> None:
+    assert quoted(f"key={value}", KeyKind(False, True)) == f"key={value}"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs import CONFIG_DIR
-from configs.command import ablation_names, register, typed
+from configs.command import ablation_names, quoted, register, typed
 from configs.errors import UserError
 from mm1.config import TrainConfig
 
@@ -86,7 +86,7 @@ class Composer:
 
         try:
             if override not in self._parsed:
-                self._parsed[override] = self._parser.parse_override(override)
+                self._parsed[override] = self._parser.parse_override(quoted(override))
             parsed = self._parsed[override]
             key, value = parsed.key_or_group, parsed.value()
             if parsed.is_add():
