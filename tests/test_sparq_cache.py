@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from mm1.attention.cache import Latest, SparqCache, SparqLayer
+from mm1.attention.register import sparq_attention
 from mm1.attention.sparq import SparqSettings
 
 HEADS, D = 2, 4
@@ -191,6 +193,31 @@ def test_branches_share_one_prefix_whatever_becomes_of_their_parent() -> None:
         assert (one.means(1)[:, :, 0] - one.prefix.total / 9).abs().max() < 1e-6
         with pytest.raises(ValueError, match="from 0 to 0"):
             branch.crop(-1)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_slots_that_nobody_wrote_never_show(monkeypatch: pytest.MonkeyPatch, shared: bool, kernel: bool) -> None:
+    """Some rows long enough to attend sparsely and some not: those are dense, over buffers with room to spare."""
+    new_empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **kw: new_empty(self, *size, **kw).fill_(float("nan")))
+    if not kernel:
+        monkeypatch.setattr("mm1.attention.sparq.backend_for", lambda q, name="": None)
+    generator = torch.Generator().manual_seed(3)
+    cache = SparqCache([SparqLayer(SparqSettings(k=14, r=2, dense_below=1))])
+    if shared:
+        append(cache.layers[0], None, 9, generator)
+        cache = cache.branch(2)
+    mask = torch.ones(2, 1, 1, 9 if shared else 0, dtype=torch.bool)
+    for n in (6, 1, 1):
+        new = torch.ones(2, 1, 1, n, dtype=torch.bool)
+        new[0, ..., : n - 1] = False  # one row sees one token of six
+        mask = torch.cat([mask, new], -1)
+        q, k, v = (torch.randn(2, heads, n, D, generator=generator) for heads in (2 * HEADS, HEADS, HEADS))
+        key, value = cache.update(k, v, 0)
+        shown = mask.expand(2, 1, n, -1).tril(mask.shape[-1] - n)
+        output = sparq_attention(SimpleNamespace(num_key_value_groups=2), q, key, value, shown, scaling=0.5)[0]
+        assert output[:, -1].isfinite().all()
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

@@ -94,17 +94,18 @@ class SparqLayer(CacheLayerMixin):
         return self.keys.shape[2] if self.keys is not None else 0
 
     def _resize(self, capacity: int) -> None:
-        """New buffers of `capacity` slots with what is in use copied."""
+        """New buffers of `capacity` slots with what is in use copied and 0 in the rest: dense attention multiplies what its mask
+        hides by 0, and what nobody wrote may be NaN."""
         used = slice(0, self.length)
         with torch.inference_mode(False), torch.no_grad():
             for name in ("keys", "values"):
                 old = getattr(self, name)
                 new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
-                new[:, :, used] = old[:, :, used]
+                new[:, :, used], new[:, :, self.length :] = old[:, :, used], 0
                 setattr(self, name, new)
             if self.keys_t is not None:
                 new = self.keys_t.new_empty(*self.keys_t.shape[:3], capacity)
-                new[..., used] = self.keys_t[..., used]
+                new[..., used], new[..., self.length :] = self.keys_t[..., used], 0
                 self.keys_t = new
             valid = self.valid.new_zeros(len(self.valid), capacity)
             valid[:, used] = self.valid[:, used]
@@ -116,7 +117,7 @@ class SparqLayer(CacheLayerMixin):
         line of memory of its own, take longer to write than short rows take to attend."""
         with torch.inference_mode(False), torch.no_grad():
             self.keys_t = self.keys.new_empty(*self.keys.shape[:2], self.keys.shape[3], self.capacity)
-            self.keys_t[..., : self.length] = self.keys[:, :, : self.length].transpose(-1, -2)
+            self.keys_t.copy_(self.keys.transpose(-1, -2))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append (B, Hkv, n, d); returns views of the row's own keys and values, `keys.sparq_layer` being this layer.
