@@ -116,7 +116,9 @@ def optima_of(cells: Sequence[Any], size_axis: str, rate_axis: str) -> list[Opti
         size, rate = cell.choice[size_axis], float(info["peak_lr"])
         loss = held_out_loss(info)
         if not math.isfinite(loss):
-            raise UserError(f"{cell.folder / 'run.json'}: no finite held-out loss; it needs train.validation_sequences above 0.")
+            measured = any(name.startswith("loss_") for name in info.get("validation") or {})
+            why = f"peak_lr={rate:g} diverged; take that rate out of the grid" if measured else "train.validation_sequences was 0"
+            raise UserError(f"{cell.folder / 'run.json'}: no finite held-out loss: {why}.")
         found.setdefault(size, {}).setdefault(rate, []).append(loss)
         parameters[size] = int(info["parameters"]["decoder_without_embeddings"])
     optima = []
@@ -182,10 +184,11 @@ def _main(config: LawConfig) -> None:
     suite = load_suite(config.suite_name)
     if suite.law is None:
         raise UserError(f"suite={config.suite_name} has no law: {{size: AXIS, rate: AXIS}} in its file.")
+    place = suite_folder(suite.name, config.scale_name, folder=config.folder)
+    place.check(suite.name, config.scale_name)
     cells = suite_cells(suite, config.scale_name, folder=config.folder)
     law = fit(optima_of(cells, suite.law["size"], suite.law["rate"]))
-    place = suite_folder(suite.name, config.scale_name, folder=config.folder).folder
-    path = Path(config.output).expanduser() if config.output else place / "law.yaml"
+    path = Path(config.output).expanduser() if config.output else place.folder / "law.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         as_yaml(law, f"Fitted to {len(cells)} runs of suite {suite.name} at scale {config.scale_name}"), encoding="utf-8"

@@ -114,7 +114,7 @@ def logged(rows: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, floa
 
 def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool = False) -> list[Path]:
     """Training loss (nats a token) over steps: one panel a kind of data, one line a run; `window` logged steps of smoothing (0: a
-    tenth of the run). Writes PATH.png and PATH.svg and returns them. Raises UserError if a run has logged nothing."""
+    tenth of the run). Losses that are not finite are left out. Writes PATH.png and PATH.svg and returns them. Raises UserError if a run has logged nothing."""
     records = {run.label: run.metrics() for run in runs}
     for run in runs:
         if len(records[run.label]) < 2:
@@ -128,7 +128,7 @@ def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool
         for panel, kind in zip(panels[0], kinds, strict=True):
             low, high = np.inf, 0.0
             for number, run in enumerate(runs):
-                points = logged(records[run.label], kind)
+                points = [(step, loss) for step, loss in logged(records[run.label], kind) if np.isfinite(loss)]
                 if not points:
                     continue
                 steps, losses = zip(*points, strict=True)
@@ -138,8 +138,9 @@ def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool
                     panel.plot(steps, losses, color=colour, alpha=0.18, linewidth=0.9)
                 panel.plot(steps, line, color=colour, linewidth=1.9, label=labels[number])
                 low, high = min(low, float(line.min())), max(high, float(line[max(1, len(line) // 50) :].max()))
-            high = max(high, low + 0.1)
-            panel.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.04 * (high - low))
+            if np.isfinite(low):  # else all runs diverged at once
+                high = max(high, low + 0.1)
+                panel.set_ylim(max(0.0, low - 0.08 * (high - low)), high + 0.04 * (high - low))
             panel.set_title(LOSSES[kind])
             panel.set_xlabel("step")
             if log_x:
@@ -343,6 +344,10 @@ class PlotsConfig:
     log_x: bool = False
     datasets: str | None = None
     files: dict[str, Any] = field(default_factory=dict)
+
+    def validate(self) -> None:
+        if self.n < 1:
+            raise UserError(f"n={self.n}: samples show at least 1 item.")
 
 
 @command("plots", schema=PlotsConfig)

@@ -20,7 +20,7 @@ def read_object(path: Path, version: int, remedy: str, parse: Callable[[str], An
         held = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing. {remedy}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is half-written or damaged ({error}). {remedy}") from error
     if not isinstance(held, dict) or held.get("version") != version:
         found = held.get("version") if isinstance(held, dict) else held

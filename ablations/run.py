@@ -18,6 +18,7 @@ from typing import Any
 
 from ablations.suites.composing import named
 from ablations.suites.launchers import LauncherConfig
+from ablations.suites.record import DAMAGED, FAILED, FINISHED, TRAINED, SuiteFolder, claimed, state_of, suites_folder
 from ablations.suites.suite import SCALES, SuiteConfig, suite_names
 from configs.command import command
 from configs.errors import UserError
@@ -113,7 +114,7 @@ def _main(config: RunConfig) -> int:
     steps=100             of the baseline, warm-up in proportion; the other cells follow by the suite's matching
     KEY=VALUE             what is no setting of this command is one of every cell: data=shapes image_encoder=vit_tiny
     evaluation.limit=50   how cells are evaluated: tasks, shots, limit, seed, demonstration_seeds, images, textcore
-    cells=[LABEL,...]     only these of the suite's cells (and the baseline)
+    cells=[LABEL,...]     only these of the suite's cells (and the baseline) are run now; all stay planned
     parallel=2 threads=1  cells at once, and CPU threads each; null: what cores, GPUs and memory allow
     retries=2             further attempts of a cell that failed
     launcher=local        or submitit, hostfile: docs/cluster.md
@@ -148,7 +149,21 @@ def act(config: RunConfig, extra: Sequence[str]) -> int:
         name = config.suite.name if config.suite is not None else ""
         place = suite_folder(name, config.scale_name, extra, config.folder)
         return _status(place) if config.action == "status" else _resume(place)
+    assert config.suite is not None
+    _check_name(config.suite)
     return _run(config, extra)
+
+
+def _check_name(suite: SuiteConfig) -> None:
+    """A suite copied from another and left with its name would go into that one's folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    chosen = HydraConfig.get().runtime.choices.get("suite") if HydraConfig.initialized() else None
+    if chosen is not None and chosen != suite.name:
+        raise UserError(
+            f"configs/suite/{chosen}.yaml: name: {suite.name}; it must be {chosen}, the file's own name, by which folders and "
+            "tables go."
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- actions
@@ -158,23 +173,30 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
     from dataclasses import asdict
 
     from ablations.suites.composing import Composer
+    from ablations.suites.evaluation import check_evaluation
     from ablations.suites.planning import build_cells, evaluation_keys, evaluation_seconds, suite_folder, with_seconds, write_job
-    from ablations.suites.record import FAILED, FINISHED, claimed, state_of
     from ablations.suites.runner import Runner
     from ablations.suites.show import plan_table
+    from ablations.suites.suite import plan_cells
+    from data_pipelines.prepare import ensure_corpus
 
     suite = config.suite
     assert suite is not None
     dry = config.dry_run or config.action == "plan"
-    if not dry:
-        _prepare_corpora(suite, config.scale_name, extra)
+    corpora = list(dict.fromkeys(cell.config.data.corpus for cell in plan_cells(suite, config.scale_name, extra=extra)))
+    if not dry:  # hashes need the corpora
+        for name in corpora:
+            ensure_corpus(name)
+    check_evaluation(suite.evaluation, corpora)
     cells = build_cells(suite, config.scale_name, seeds=config.seed_list(), extra=extra, processes=config.processes)
+    everything = cells
     if config.cells:
         if unknown := set(config.cells) - {cell.label for cell in cells}:
             known = ", ".join(dict.fromkeys(cell.label for cell in cells))
             raise UserError(f"cells: {', '.join(sorted(unknown))} are not in the suite. There are: {known}.")
         cells = [cell for cell in cells if cell.baseline or cell.label in config.cells]
     place = suite_folder(suite.name, config.scale_name, extra, config.folder)
+    place.check(suite.name, config.scale_name)
     keys = evaluation_keys(suite.evaluation)
     if config.tflops is not None:
         peak = config.tflops * 1e12 * config.mfu * config.processes
@@ -190,10 +212,11 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
     if config.tflops is not None:
         print(f"Assumed: {config.tflops:g} TFLOP/s a device, {config.mfu:.0%} of it reached (MFU), evaluation left out.")
     else:
-        left = sum(c.cost.get("seconds", float("nan")) for c, s in zip(cells, states, strict=True) if s.name != FINISHED)
+        runs = {cell.hash: (cell, state) for cell, state in zip(cells, states, strict=True)}.values()
+        left = sum(cell.cost.get("seconds", float("nan")) for cell, _ in runs if not cell.trained)
         wall = "time unknown"
         if left == left:
-            evaluating = evaluation_seconds(suite.evaluation) * sum(state.name != FINISHED for state in states)
+            evaluating = evaluation_seconds(suite.evaluation) * sum(state.name != FINISHED for _, state in runs)
             also = (
                 f" and {evaluating / parallel / 3600:.1f} of evaluation"
                 if config.scale_name == "tiny"
@@ -203,7 +226,6 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
         print(f"{parallel} at once, {threads} threads each{f', {gpus} GPUs' if gpus else ''}: {wall}.")
     if dry:
         return 0
-    place.save(asdict(suite), config.scale_name, [a for a in [*sys.argv[1:], *_EXTRA] if not a.startswith("action=")], cells)
     from ablations.suites.launchers import make_launcher
 
     launcher = make_launcher(config.launcher, place.folder, gpus)
@@ -213,13 +235,17 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
         return write_job(place, cell, suite.evaluation, train=launcher.train, threads=threads if local else None)
 
     wide = len({cell.hash for cell in cells}) if config.launcher.kind == "submitit" and config.parallel is None else parallel
-    print(f"Logs and state: {place.folder}", flush=True)
-    runner = Runner(place, cells, launcher, job, evaluations=keys, parallel=wide, retries=config.retries)
-    final = runner.run()
+    with place.lock():  # a plan is written only by the one runner that works on it
+        costed = {cell.name: cell for cell in cells}
+        planned = [costed.get(cell.name, cell) for cell in everything]
+        place.save(asdict(suite), config.scale_name, as_typed([*sys.argv[1:], *_EXTRA], place.folder), planned)
+        print(f"Logs and state: {place.folder}", flush=True)
+        runner = Runner(place, cells, launcher, job, evaluations=keys, parallel=wide, retries=config.retries)
+        final = runner.run()
     failed = [cell.name for cell in runner.cells.values() if final[cell.hash].name not in (FINISHED,)]
+    itself = shlex.join(place.arguments(suite.name, config.scale_name))
     if runner.stopping:
-        named = shlex.join(_named(suite.name, config, place.folder))
-        print(f"Stopped. Go on with the same command, or: python -m ablations.run resume {named}")
+        print(f"Stopped. Go on with the same command, or: python -m ablations.run resume {itself}")
         return 130
     if failed:
         print(f"{len(failed)} runs are not finished: {', '.join(failed[:10])}. See {place.folder / 'logs'}", file=sys.stderr)
@@ -227,23 +253,23 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
             if final[cell.hash].name == FAILED and not claimed(cell.hash):
                 print(f"\n{cell.name}:\n{final[cell.hash].note}", file=sys.stderr)
         return 1
-    print(f"All finished. Table and report: python -m ablations.table {shlex.join(_named(suite.name, config, place.folder))}")
+    what = "All finished." if not config.cells else f"Finished: {', '.join(dict.fromkeys(cell.label for cell in cells))}."
+    print(f"{what} Table and report: python -m ablations.table {itself}")
     return 0
 
 
-def _named(suite: str, config: RunConfig, place: Path) -> list[str]:
-    """A suite's folder as arguments of the other commands."""
-    usual = place.name == f"{suite}-{config.scale_name}"
-    return [f"suite={suite}", f"scale={config.scale_name}", *([] if usual else [f"folder={config.folder or place.name}"])]
-
-
-def _prepare_corpora(suite: SuiteConfig, scale: str, extra: Sequence[str]) -> None:
-    """Hashes need the corpora, so they are prepared first."""
-    from ablations.suites.suite import plan_cells
-    from data_pipelines.prepare import ensure_corpus
-
-    for name in dict.fromkeys(cell.config.data.corpus for cell in plan_cells(suite, scale, extra=extra)):
-        ensure_corpus(name)
+def as_typed(arguments: Sequence[str], folder: Path) -> list[str]:
+    """This command's arguments for another call, from any directory: `scale` as it is given, `folder` whole, no action."""
+    found = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "scale_name":
+            argument = f"scale={value}"
+        elif key == "folder" and value != "null":
+            argument = f"folder={folder if folder.parent != suites_folder().resolve() else folder.name}"
+        if key != "action":
+            found.append(argument)
+    return found
 
 
 def _fits(cells: Sequence[Any], gpus: int) -> bool:
@@ -277,39 +303,43 @@ def available_memory() -> float:
     return float(found[1]) * 1024 if found else 4e9
 
 
-def _status(place: Any) -> int:
+def _status(place: SuiteFolder) -> int:
     from ablations.suites.matching import marks
     from ablations.suites.planning import evaluation_keys
-    from ablations.suites.record import state_of
     from ablations.suites.show import Tally, status_table
     from ablations.suites.suite import EvaluationConfig
 
     plan, cells = place.plan(), place.cells()
     keys = evaluation_keys(EvaluationConfig(**plan["suite"]["evaluation"]))
     states = [state_of(place, cell, keys, 0) for cell in cells]
-    done = [(cell.label, cell.seed, cell.baseline, cell.run.info) for cell in cells if cell.folder.is_dir() and cell.trained]
+    whole = [cell for cell, state in zip(cells, states, strict=True) if state.name in (FINISHED, TRAINED)]
+    done = [(cell.label, cell.seed, cell.baseline, cell.run.info) for cell in whole]
     print(status_table(cells, states, marks(plan["suite"]["matching"], done)))
     print(f"\n{Tally.of({cell.hash: state for cell, state in zip(cells, states, strict=True)}.values())}  ({place.folder})")
     return 0
 
 
-def _resume(place: Any) -> int:
+def _resume(place: SuiteFolder) -> int:
     """Starts the recorded command in this process's place."""
     arguments = place.plan()["arguments"]
-    print("python -m ablations.run " + " ".join(arguments), flush=True)
+    print(f"python -m ablations.run {shlex.join(arguments)}", flush=True)
     os.execv(sys.executable, [sys.executable, "-m", "ablations.run", *arguments])
 
 
 def _list() -> int:
-    from ablations.suites.record import SuiteFolder, suites_folder
-
     found = sorted(suites_folder().glob("*/plan.json"))
     for path in found:
         place = SuiteFolder(path.parent)
-        cells = place.cells()
-        trained = sum(cell.trained for cell in cells)
-        again = " ".join(place.plan()["arguments"])
-        print(f"{path.parent.name:<32} {trained:>4} of {len(cells):>4} trained   python -m ablations.run {again}")
+        try:
+            cells = place.cells()
+            states = [state_of(place, cell, [], 0).name for cell in cells]
+            again = shlex.join(as_typed(place.plan()["arguments"], place.folder))
+        except UserError as error:  # the others are listed all the same
+            print(f"{path.parent.name:<32} {error}")
+            continue
+        trained, damaged = states.count(FINISHED), states.count(DAMAGED)
+        also = f", {damaged} damaged" if damaged else ""
+        print(f"{path.parent.name:<32} {trained:>4} of {len(cells):>4} trained{also}   python -m ablations.run {again}")
     if not found:
         print(f"No suite was started yet. There are: {', '.join(suite_names())}.")
     return 0

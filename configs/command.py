@@ -17,7 +17,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -74,9 +75,22 @@ def compose(config_name: str, schema: type[T], overrides: list[str] | None = Non
     from hydra import initialize_config_dir
 
     register(f"{config_name}_schema", schema)
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+    with apart_from_hydra(), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         raw = hydra_compose(config_name, overrides=_normalise(overrides or [], key_kinds(schema)), return_hydra_config=True)
     return typed(raw)
+
+
+@contextmanager
+def apart_from_hydra() -> Iterator[None]:
+    """Inside a command Hydra is in use already, and would refuse to compose anything else."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    instance = GlobalHydra.instance()
+    instance.hydra, outer = None, instance.hydra
+    try:
+        yield
+    finally:
+        instance.hydra = outer
 
 
 def typed(raw: Any) -> Any:
@@ -157,7 +171,8 @@ def key_kinds(schema: type, prefix: str = "") -> dict[str, KeyKind]:
         parts = tuple(part for part in parts if part is not type(None))
         if len(parts) != 1:
             continue
-        if is_dataclass(part := parts[0]):
+        part: Any = parts[0]
+        if isinstance(part, type) and is_dataclass(part):
             found |= key_kinds(part, f"{prefix}{key}.")
         elif get_origin(part) is list:
             found[prefix + key] = KeyKind(True, get_args(part) == (str,))

@@ -72,7 +72,7 @@ class Run:
             return {}
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise UserError(f"{path} is damaged ({error}). Delete the run's folder to train it again.") from error
         if info.get("version") != RUN_VERSION:
             raise UserError(f"{path}: version is {info.get('version')!r}, this suite reads {RUN_VERSION}. Train the run again.")

@@ -25,6 +25,7 @@ from ablations.suites.record import SuiteFolder
 from ablations.tables.held_out import Change, HeldOut, LossEffect, LossRow
 from ablations.tables.suite_extras import LawGrid, LossCell, Textcore, TextcoreCell
 from ablations.tables.suite_table import SuiteTable
+from ablations.tables.suite_text import law_section
 from data_pipelines.shards import Manifest, SplitWriter, Task
 from tests.browser import Browser, find_browser
 from tests.suite_tables import MadeSuite, plain_tasks, suite_of
@@ -261,6 +262,12 @@ def test_a_law_that_cannot_be_fitted_says_why(suite: SuiteTable, tmp_path: Path)
     grid = LawGrid("decoder", "rate", ["1M"], ["4e-4"], losses, None, "size 1M: 1 learning rates <are> finished")
     seen = write_report(replace(suite, law=grid), tmp_path / "report.html").read_text()
     assert "No line is fitted: size 1M: 1 learning rates &lt;are&gt; finished" in seen
+
+
+def test_a_rate_that_diverged_is_not_the_best() -> None:
+    losses = {"1M": {"4e-4": LossCell(math.nan, None, [0]), "2e-4": LossCell(4.0, None, [0]), "1e-4": LossCell(5.0, None, [0])}}
+    section = law_section(LawGrid("decoder", "rate", ["1M"], ["4e-4", "2e-4", "1e-4"], losses, None, "it diverged"))
+    assert section.lines == [["1M", "diverged", "4.000 <", "5.000"]]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

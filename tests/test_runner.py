@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from ablations.suites import execute
 from ablations.suites import record as records
 from ablations.suites.launchers import LauncherConfig, LocalLauncher, SubmititLauncher, make_launcher, submitit_executor
 from ablations.suites.record import RECORD_VERSION, SuiteCell, SuiteFolder, claim, state_of, suites_folder, update_record
@@ -269,6 +270,51 @@ def test_more_seeds_later_join_the_plan(home: Path) -> None:
     assert [cell.hash for cell in fake.place.cells()] == ["00000008"]  # another configuration of the row is not mixed in
 
 
+def test_a_seed_stands_once_in_a_row_whatever_its_hash_was_before(home: Path) -> None:
+    """A corpus prepared anew, or another matching, changes a cell's hash and nothing in its overrides."""
+    fake = Fake(home, ["0"])
+    first = fake.cells[0]
+    second, anew = replace(first, seed=1, hash="00000001"), replace(first, hash="00000009")
+    fake.place.save({"name": "fake"}, "tiny", [], [first, second])
+    fake.place.save({"name": "fake"}, "tiny", [], [anew])
+    assert [(cell.seed, cell.hash) for cell in fake.place.cells()] == [(0, "00000009"), (1, "00000001")]
+    fake.place.save({"name": "fake"}, "tiny", [], [replace(anew, steps=2)])
+    assert [cell.seed for cell in fake.place.cells()] == [0], "a seed of another length is no seed of the row"
+    plan = json.loads(fake.place.plan_path.read_text())
+    fake.place.plan_path.write_text(json.dumps(plan | {"cells": plan["cells"] * 2}))
+    with pytest.raises(UserError, match=r"has v0\.seed0 twice"):
+        fake.place.cells()
+    fake.place.save({"name": "fake"}, "tiny", [], [anew])
+    assert len(fake.place.cells()) == 1
+
+
+def test_a_label_with_any_signs_has_a_log_in_the_suites_folder(home: Path) -> None:
+    fake = Fake(home, ["fails"])
+    for label in ("50/50", "../../../etc", "groß = klein"):
+        fake.cells = [replace(fake.cells[0], label=label)]
+        assert fake.place.log_path(fake.cells[0]).parent == fake.place.folder / "logs"
+    assert "made of cheese" in fake.runner(retries=0).run()["00000000"].note
+
+
+def test_what_goes_wrong_beside_the_commands_is_said(home: Path) -> None:
+    fake = Fake(home, ["0"])
+    fake.place.log_path(fake.cells[0]).mkdir(parents=True)  # no log can be written
+    assert "IsADirectoryError" in fake.runner(retries=0).run()["00000000"].note
+
+
+def test_a_signal_before_the_command_is_there_ends_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home.mkdir()
+    child = execute._Child({"log": str(home / "log")})
+    start = subprocess.Popen
+
+    def signalled(*arguments: Any, **more: Any) -> Any:
+        child._pass_on(signal.SIGTERM, None)
+        return start(*arguments, **more)
+
+    monkeypatch.setattr(execute.subprocess, "Popen", signalled)
+    assert child.run([sys.executable, "-c", "import time; time.sleep(60)"]) == -signal.SIGTERM
+
+
 # ------------------------------------------------------------------------------------------------------------ schedulers
 
 
@@ -321,10 +367,14 @@ def test_a_hostfile_trains_over_its_hosts_one_cell_at_a_time(home: Path) -> None
 # ------------------------------------------------------------------------------------------------------------ end to end
 
 
-def python(home: Path, module: str, *arguments: str) -> str:
+def start(home: Path, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MM1_HOME": str(home), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def python(home: Path, module: str, *arguments: str) -> str:
+    done = start(home, module, *arguments)
     assert done.returncode == 0, f"{arguments}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -337,8 +387,9 @@ def test_a_real_suite_is_trained_and_evaluated_and_found_again(home: Path) -> No
     out = python(home, "ablations.run", *suite, "parallel=2", "threads=1", "calibrate=false")
     assert "2 runs: 2 finished" in out
     (folder,) = (home / "suites").glob("freeze-tiny-*")
-    cells = SuiteFolder(folder).cells()
-    assert [(cell.label, cell.baseline) for cell in cells] == [("trained", True), ("frozen", False)]
+    place = SuiteFolder(folder)
+    assert [(cell.label, cell.baseline) for cell in place.cells()] == [("trained", True), ("slow", False), ("frozen", False)]
+    cells = [cell for cell in place.cells() if cell.label != "slow"]
     assert all(cell.trained and len(list(cell.folder.glob("results/*/summary.json"))) == 1 for cell in cells)
     planned = cells[0].cost
     consumed = cells[0].run.info
@@ -349,8 +400,22 @@ def test_a_real_suite_is_trained_and_evaluated_and_found_again(home: Path) -> No
     times = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
     again = python(home, "ablations.run", "resume", f"folder={folder.name}")
     assert "to train: 0 runs" in again
+    assert "about 0.0 hours of training" in again
     assert "started" not in again
     assert times == {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*.safetensors")}
+    plan = place.plan_path.read_bytes()
+    with place.lock():
+        refused = start(home, "ablations.run", *suite, "evaluation.limit=3", "calibrate=false")
+    assert (refused.returncode, "another runner works on this suite" in refused.stderr) == (2, True)
+    assert place.plan_path.read_bytes() == plan
+    run = cells[1].folder / "run.json"
+    run.write_bytes(run.read_bytes()[:-9] + b"\xff")
+    listed, status = python(home, "ablations.run", "list"), python(home, "ablations.run", "status", f"folder={folder.name}")
+    assert "1 of    3 trained, 1 damaged" in listed
+    assert "2 runs: " not in status
+    assert "1 damaged" in status
+    place.plan_path.write_bytes(plan[:-9])
+    assert "plan.json is half-written" in python(home, "ablations.run", "list")
 
 
 def each_turn(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
@@ -379,10 +444,14 @@ def alive(pid: int) -> bool:
 
 
 def test_the_way_to_go_on_names_the_suites_own_folder(home: Path) -> None:
-    from ablations.run import RunConfig, _named
+    from ablations.run import as_typed
     from ablations.suites.planning import suite_folder
 
-    for extra in ([], ["data=full"]):
-        place = suite_folder("connector", "small", extra)
-        arguments = dict(argument.split("=") for argument in _named("connector", RunConfig(scale_name="small"), place.folder))
-        assert suite_folder(arguments["suite"], arguments["scale"], [], arguments.get("folder")).folder == place.folder
+    for extra, folder in (([], None), (["data=full"], None), ([], str(home / "elsewhere" / "connector-small"))):
+        place = suite_folder("connector", "small", extra, folder)
+        given = dict(argument.split("=") for argument in place.arguments("connector", "small"))
+        assert suite_folder(given["suite"], given["scale"], [], given.get("folder")).folder == place.folder
+    place = suite_folder("connector", "tiny", folder="out/mine")
+    assert as_typed(["action=run", "suite=connector", "scale_name=tiny", "folder=out/mine"], place.folder) == [
+        "suite=connector", "scale=tiny", f"folder={place.folder}",
+    ]  # fmt: skip

@@ -14,9 +14,19 @@ from ablations import run
 from ablations.law import MM1, Optimum, best_rate, fit
 from ablations.suites import cost
 from ablations.suites.composing import Composer, step_overrides
+from ablations.suites.evaluation import check_evaluation
 from ablations.suites.matching import marks, match, mismatch
 from ablations.suites.planning import build_cells, suite_cells
-from ablations.suites.suite import SCALES, PlannedCell, SuiteConfig, changed_keys, load_suite, plan_cells, suite_names
+from ablations.suites.suite import (
+    SCALES,
+    EvaluationConfig,
+    PlannedCell,
+    SuiteConfig,
+    changed_keys,
+    load_suite,
+    plan_cells,
+    suite_names,
+)
 from configs import CONFIG_DIR
 from configs.command import compose
 from configs.errors import UserError
@@ -27,6 +37,7 @@ from mm1.optim import peak_learning_rate
 from mm1.run import run_for
 from tests.corpus import write_corpus
 from tests.models import TRAIN_OVERRIDES
+from tests.test_fewshot import write_tasks
 
 
 def suite(axes: dict[str, Any], **more: Any) -> SuiteConfig:
@@ -154,6 +165,78 @@ def test_an_override_for_all_cells_must_not_undo_an_axis(composer: Composer) -> 
     with pytest.raises(UserError, match=r"^typo=2: Key 'typo' not in"):
         plan_cells(loaded, "tiny", extra=["typo=2"], composer=composer)
     assert all(c.config.seed == 0 for c in plan_cells(loaded, "tiny", extra=["optim.z_loss=1e-4"], composer=composer))
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("freeze", "seed=5", r"seed=5: .*seeds=\[\.\.\.\]"),
+        ("freeze", "name=mine", "name=mine: .*named by suite and cell"),
+        ("freeze", "+ablation=encoder_frozen", r"\+ablation=encoder_frozen: axis encoder .* varies image_encoder.train"),
+        ("connector", "+ablation=[data_no_text,connector_avgpool]", "axis connector of suite connector varies connector"),
+        ("connector", "connector={num_tokens: 4}", r"connector=\{num_tokens: 4\}: axis connector"),
+        ("packing", "packing={isolate_documents: false}", r"varies packing\.isolate_documents"),
+        ("data_ratio", "+ablation=data_no_text", "axis .* varies data"),
+    ],
+)
+def test_what_would_undo_an_axis_is_refused_however_it_is_written(
+    name: str, override: str, message: str, composer: Composer
+) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_cells(load_suite(name), "tiny", extra=[override], composer=composer)
+
+
+@pytest.mark.parametrize(
+    ("name", "override"), [("tokens", "connector=avgpool"), ("freeze", "+ablation=data_no_text"), ("connector", "data=full")]
+)
+def test_what_leaves_an_axis_alone_is_taken(name: str, override: str, composer: Composer) -> None:
+    plan_cells(load_suite(name), "tiny", extra=[override], composer=composer)
+
+
+def test_a_suite_is_called_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "mine.yaml").write_text((CONFIG_DIR / "suite" / "freeze.yaml").read_text())
+    monkeypatch.setattr("ablations.suites.suite.CONFIG_DIR", tmp_path)
+    with pytest.raises(UserError, match=r"mine\.yaml: name: freeze; it must be mine"):
+        load_suite("mine")
+
+
+def test_labels_may_have_any_letters(composer: Composer) -> None:
+    cells = plan_cells(suite({"size": {"groß": [], "a=b/c": ["connector.num_tokens=4"]}}), "tiny", composer=composer)
+    assert [(cell.label, cell.config.name) for cell in cells] == [("groß", "test.gro_"), ("a=b/c", "test.a_b_c")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tasks": ["nosuch"]}, "nosuch"),
+        ({"images": ["true", "shufled"]}, "images=shufled: choose from"),
+        ({"limit": -3}, "limit=-3"),
+        ({"shots": [-1]}, r"shots=\[-1\]"),
+        ({"shots": [0, 10_000]}, "10000|10,000"),
+        ({"overrides": ["batch_sise=4"]}, "batch_sise"),
+        ({"overrides": ["vqa_metric=foo"]}, "foo"),
+        ({"textcore": ["datasets=FOLDER", "tasks=[arcade]"]}, "arcade unknown"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_done_is_refused_before_training(
+    settings: dict[str, Any], message: str, evaluable: str
+) -> None:
+    check_evaluation(EvaluationConfig(limit=2, shots=[0]), [evaluable])
+    with pytest.raises(UserError, match=message):
+        check_evaluation(EvaluationConfig(**{"limit": 2, "shots": [0]} | settings), [evaluable])
+
+
+@pytest.fixture(scope="module")
+def evaluable(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a corpus with tasks."""
+    return str(write_tasks(tmp_path_factory.mktemp("evaluable") / "toy"))
+
+
+@pytest.mark.parametrize("images", [[], ["shuffled"]])
+def test_a_suites_evaluation_has_the_true_images(images: list[str]) -> None:
+    with pytest.raises(UserError, match="true must be among them"):
+        suite({}, evaluation=EvaluationConfig(images=images))
 
 
 def test_a_variant_that_stands_twice_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,6 +460,7 @@ def test_markdown_columns_line_up(two: Folders) -> None:
             assert len({len(line) for line in part.splitlines()}) == 1
             assert len({line.count("|") for line in part.splitlines()}) == 1
     assert aligned(["a", "b"], [["long", "1"]]).splitlines()[1] == "| ---- | --: |"
+    assert (si(999_600), si(999.7), si(999_499)) == ("1M", "1k", "999k")
     assert (si(1_234_567), si(999), si(4.2e9), duration(59.6), duration(19_230)) == (
         "1.23M",
         "999",

@@ -25,7 +25,6 @@ from ablations.report.frozen import frozen_encoder
 from ablations.report.page import Section, page, tabs
 from ablations.report.samples import samples
 from ablations.report.svg import figure
-from ablations.suites.record import suites_folder
 from ablations.tables.held_out import held_out_sections
 from ablations.tables.render import duration, si
 from ablations.tables.suite_table import SuiteTable
@@ -82,7 +81,7 @@ def _missing(missing: Sequence[str]) -> str:
     if not missing:
         return ""
     items = "<ul>" + "".join(f"<li>{safe(name)}</li>" for name in missing) + "</ul>"
-    head = f"Not finished, and not in this report: {len(missing)} cell{'s' * (len(missing) != 1)}"
+    head = f"Not finished, and not in the scores: {len(missing)} cell{'s' * (len(missing) != 1)}"
     if len(missing) > LISTED:
         return f'<div class="banner"><details><summary>{head}</summary>{items}</details></div>'
     return f'<div class="banner missing">{head}{items}</div>'
@@ -90,14 +89,11 @@ def _missing(missing: Sequence[str]) -> str:
 
 def _commands(suite: SuiteTable) -> list[str]:
     """How to get these results and this report again."""
-    named = [f"suite={suite.name}", f"scale={suite.scale}"]
-    started = named
+    named = started = [f"suite={suite.name}", f"scale={suite.scale}"]
     if suite.place is not None:
-        folder = suite.place.folder
-        # as they were typed: inside, a command calls `scale` and `suite` scale_name and suite_name
+        named = suite.place.arguments(suite.name, suite.scale)
+        # plans of older versions call `scale` and `suite` as they are called inside
         started = [re.sub(r"^(scale|suite)_name=", r"\1=", str(argument)) for argument in suite.place.plan()["arguments"]]
-        if folder.name != f"{suite.name}-{suite.scale}":
-            named = [*named, f"folder={folder.name if folder.parent == suites_folder() else folder}"]
     return [f"python -m ablations.run {shlex.join(started)}", f"python -m ablations.table {shlex.join(named)}"]
 
 

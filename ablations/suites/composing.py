@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from configs import CONFIG_DIR
-from configs.command import ablation_names, quoted, register, typed
+from configs.command import ablation_names, apart_from_hydra, quoted, register, typed
 from configs.errors import UserError
 from mm1.config import TrainConfig
 
@@ -25,6 +26,46 @@ def override_key(override: str) -> str:
 def chooses_file(override: str) -> bool:
     """Whether it picks a file of a config group (`connector=avgpool`) and does not set a value (`connector.num_tokens=4`)."""
     return "/" in override.partition("=")[0] or (CONFIG_DIR / override_key(override)).is_dir()
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """A key that an override sets, or a config group of which it picks a file (`is_file`)."""
+
+    key: str
+    is_file: bool
+
+    def meets(self, other: Setting) -> bool:
+        """Whether one would undo the other. A value within a file that is picked (connector=avgpool, connector.num_tokens=4) does
+        not; a value within a mapping that is given whole does."""
+        if self.key == other.key:
+            return True
+        outer, inner = sorted((self, other), key=lambda setting: len(setting.key))
+        return inner.key.startswith(f"{outer.key}.") and not outer.is_file
+
+
+def settings_of(override: str) -> list[Setting]:
+    """What an override sets; of `+ablation=NAME` what that file does."""
+    if not override.startswith("+ablation="):
+        return [Setting(override_key(override), chooses_file(override))]
+    from omegaconf import OmegaConf
+
+    found = []
+    for name in ablation_names(override.partition("=")[2]):
+        path = CONFIG_DIR / "ablation" / f"{name}.yaml"
+        # an unknown one is refused by Hydra
+        written: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+        for default in written.pop("defaults", []):
+            if isinstance(default, dict):
+                found += [Setting(key.removeprefix("override ").strip("/"), True) for key in default]
+        found += [Setting(key, False) for key in _leaves(written)]
+    return found
+
+
+def _leaves(node: Any, key: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return [key]
+    return [leaf for name, value in node.items() for leaf in _leaves(value, f"{key}.{name}" if key else str(name))]
 
 
 class Composer:
@@ -57,21 +98,15 @@ class Composer:
         if overrides in self._chosen:
             return self._chosen[overrides]
         from hydra import compose, initialize_config_dir
-        from hydra.core.global_hydra import GlobalHydra
         from hydra.errors import HydraException
         from omegaconf import open_dict
         from omegaconf.errors import OmegaConfBaseException
 
-        instance = GlobalHydra.instance()
-        # inside a command Hydra is in use already, and would refuse to compose anything else
-        instance.hydra, outer = None, instance.hydra
         try:
-            with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            with apart_from_hydra(), initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
                 raw = compose("train", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(f"{' '.join(overrides)}: {first_line(error)}") from error
-        finally:
-            instance.hydra = outer
         names = [name for o in overrides if o.startswith("+ablation=") for name in ablation_names(o.partition("=")[2])]
         with open_dict(raw):
             # what `typed` reads of Hydra's own node; the rest of it would only be copied a thousand times

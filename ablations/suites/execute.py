@@ -35,6 +35,15 @@ def execute(job_path: Path) -> int:
     job = read_object(job_path, RECORD_VERSION, "Start the suite again.")
     record, run = Path(job["record"]), Run(Path(job["run"]))
     child = _Child(job)
+    try:
+        return _commands(job, record, run, child)
+    except Exception as error:  # the runner sees a process without words otherwise
+        failures = int(read_object(record, RECORD_VERSION, "Delete that file.").get("failures", 0)) + 1 if record.is_file() else 1
+        update_record(record, state=FAILED, failures=failures, error=f"{type(error).__name__}: {error}")
+        return 1
+
+
+def _commands(job: dict[str, Any], record: Path, run: Run, child: _Child) -> int:
     for command in job["commands"]:
         held = read_object(record, RECORD_VERSION, "Delete that file.") if record.is_file() else {}
         if _done(command, run, held):
@@ -118,6 +127,8 @@ class _Child:
                 pass_fds=(int(claim),) if claim else (),
                 preexec_fn=end_with_parent,
             )
+        if self.stopped:  # a signal that came before there was a process to pass it on to
+            self.process.send_signal(signal.SIGTERM)
         return self.process.wait()
 
 

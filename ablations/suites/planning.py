@@ -20,6 +20,7 @@ from ablations.suites.cost import check_sources, cost_of, fingerprint
 from ablations.suites.matching import match
 from ablations.suites.record import RECORD_VERSION, SuiteCell, SuiteFolder, runs_by_hash, suites_folder
 from ablations.suites.suite import EvaluationConfig, PlannedCell, SuiteConfig, load_suite, plan_cells
+from configs.command import quote
 from configs.errors import UserError
 from data_pipelines import paths
 from mm1.run import write_atomically
@@ -146,13 +147,14 @@ def write_job(
 ) -> Path:
     """What execute.py shall do for a cell. `train`: the launcher's own way to start `-m mm1.train`; empty: this Python."""
     python = [sys.executable, "-m"]
-    more = [f"engine.threads={threads}"] if threads else []
+    own_threads = any(override.startswith("engine.threads=") for override in cell.overrides)
+    more = [f"engine.threads={threads}"] if threads and not own_threads else []
     commands: list[dict[str, Any]] = [
         {"kind": "train", "argv": [*(train or [*python, "mm1.train"]), *cell.overrides, *more]},
     ]
     own = [f"threads={threads}"] if threads else []
     for overrides in evaluation.fewshot():
-        given = [f"run={cell.folder}", *overrides]
+        given = [f"run={quote(str(cell.folder))}", *overrides]
         commands.append(
             {
                 "kind": "fewshot",
@@ -163,7 +165,7 @@ def write_job(
         )
     if evaluation.textcore is not None:
         key = evaluation_key(["textcore", *evaluation.textcore])
-        argv = [*python, "eval.textcore", f"run={cell.folder}", *evaluation.textcore, *own]
+        argv = [*python, "eval.textcore", f"run={quote(str(cell.folder))}", *evaluation.textcore, *own]
         commands.append({"kind": "textcore", "key": key, "argv": argv})
     environment = {"TOKENIZERS_PARALLELISM": "false"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     job = {

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,7 @@ def runs_by_hash() -> dict[str, Path]:
 @dataclass
 class SuiteFolder:
     folder: Path
+    _locked: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.folder = self.folder.resolve()
@@ -99,6 +103,15 @@ class SuiteFolder:
 
     def cells(self) -> list[SuiteCell]:
         """As planned last."""
+        cells = self._planned()
+        if twice := [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]:
+            raise UserError(
+                f"{self.plan_path} has {', '.join(sorted(twice)[:6])} twice: one row would count a seed doubly. Start the suite "
+                "again, which writes the plan anew; trained cells are found again."
+            )
+        return cells
+
+    def _planned(self) -> list[SuiteCell]:
         plan = self.plan()
         try:
             return [
@@ -108,30 +121,49 @@ class SuiteFolder:
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.plan_path} is damaged ({error}). Delete {self.folder} and start the suite again.") from error
 
+    def check(self, suite: str, scale: str) -> None:
+        """Raises UserError where the folder belongs to another suite or scale, or is no suite's."""
+        if self.plan_path.is_file():
+            there = self.plan()
+            if (name := there["suite"].get("name"), there["scale"]) != (suite, scale):
+                raise UserError(
+                    f"{self.folder} holds suite {name}, scale {there['scale']}, not {suite}, {scale}. "
+                    "Give this one another folder=..."
+                )
+        elif self.folder.is_dir() and any(path.name != ".lock" for path in self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds something else than a suite (no plan.json). Give another folder=...")
+
     def save(self, suite: dict[str, Any], scale: str, arguments: Sequence[str], cells: Sequence[SuiteCell]) -> None:
-        """Write the plan. Cells of earlier seeds stay in it while the suite itself is the same.
+        """Write the plan. Cells of other seeds stay in it while their row's settings are the same.
 
         Raises UserError, with nothing written, where the folder belongs to another suite or scale.
         """
-        kept: list[SuiteCell] = []
-        if self.plan_path.is_file():
-            there = self.plan()
-            mine = (suite["name"], scale)
-            if (there["suite"].get("name"), there["scale"]) != mine:
-                raise UserError(
-                    f"{self.folder} holds suite {there['suite'].get('name')}, scale {there['scale']}, not {mine[0]}, {scale}. "
-                    "Give this one another folder=..."
-                )
-            hashes = {cell.hash for cell in cells}
-            plain = {(cell.label, _without_seed(cell.overrides)) for cell in cells}
-            kept = [c for c in self.cells() if c.hash not in hashes and (c.label, _without_seed(c.overrides)) in plain]
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds something else than a suite (no plan.json). Give another folder=...")
+        self.check(suite["name"], scale)
+        kept = self._of_other_seeds(cells) if self.plan_path.is_file() else []
         for name in ("cells", "jobs", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         plan = {"version": RECORD_VERSION, "suite": suite, "scale": scale, "arguments": list(arguments)}
         plan["cells"] = [asdict(cell) | {"folder": str(cell.folder)} for cell in (*cells, *kept)]
         write_atomically(self.plan_path, json.dumps(plan, indent=1) + "\n")
+
+    def _of_other_seeds(self, cells: Sequence[SuiteCell]) -> list[SuiteCell]:
+        """Those of the plan that is there whose row is in the new one, with the same settings, but not their seed."""
+        rows, known = {cell.label: cell for cell in cells}, {(cell.label, cell.seed) for cell in cells}
+        kept = []
+        for old in self._planned():
+            row = rows.get(old.label)
+            if row is None or (old.label, old.seed) in known or old.steps != row.steps:
+                continue
+            if _without_seed(old.overrides) == _without_seed(row.overrides):
+                kept.append(replace(old, baseline=row.baseline, choice=row.choice, paper=row.paper))
+                known.add((old.label, old.seed))
+        return kept
+
+    def arguments(self, suite: str, scale: str) -> list[str]:
+        """The suite as other commands are told of it: `suite=`, `scale=`, and `folder=` where it is not the usual one."""
+        usual = self.folder == suites_folder().resolve() / f"{suite}-{scale}"
+        name = self.folder.name if self.folder.parent == suites_folder().resolve() else str(self.folder)
+        return [f"suite={suite}", f"scale={scale}", *([] if usual else [f"folder={name}"])]
 
     def record_path(self, cell: SuiteCell) -> Path:
         return self.folder / "cells" / f"{cell.hash}.json"
@@ -152,16 +184,28 @@ class SuiteFolder:
         return self.folder / "jobs" / f"{cell.hash}.json"
 
     def log_path(self, cell: SuiteCell) -> Path:
-        return self.folder / "logs" / f"{cell.name}.log"
+        return self.folder / "logs" / f"{file_name(cell.name)}.log"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Raises UserError where another runner holds the suite."""
+        """Raises UserError where another runner holds the suite. Within a lock of this object it is held already."""
+        if self._locked:
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as file:
             if not take(file.fileno()):
                 raise UserError(f"{self.folder}: another runner works on this suite. Wait for it or stop it.")
-            yield
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
+
+
+def file_name(text: str) -> str:
+    """The text as the name of a file: other signs than letters, digits, `.`, `-`, `+` and `_` become `_`."""
+    return re.sub(r"[^\w.+-]", "_", text, flags=re.ASCII)
 
 
 def _without_seed(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -212,7 +256,7 @@ def evaluated(record: dict[str, Any], cell: SuiteCell, evaluations: Sequence[str
             return False
         try:
             json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise UserError(f"{path} is half-written ({error}). Delete {path.parent} to evaluate again.") from error
     return True
 
@@ -268,8 +312,6 @@ def claim(key: str) -> int | None:
     if not take(file.fileno()):
         file.close()
         return None
-    import os
-
     descriptor = os.dup(file.fileno())
     file.close()
     return descriptor

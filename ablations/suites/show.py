@@ -13,6 +13,9 @@ from ablations.tables.render import aligned, duration, si
 
 ORDER = (FINISHED, RUNNING, TRAINED, INTERRUPTED, WAITING, FAILED, DAMAGED)
 
+SHOWN = 6
+"""Variants that are the same training that are named before they are only counted."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -78,8 +81,7 @@ def plan_table(cells: Sequence[SuiteCell], states: Sequence[State], *, dollars_a
     runs = {cell.hash: (cell, state) for cell, state in zip(cells, states, strict=True)}
     left = [cell for cell, _ in runs.values() if not cell.trained]
     lines = [aligned(header, rows), ""]
-    shared = len(cells) - len(runs)
-    also = f" ({shared} cells are the same run as another and cost nothing)" if shared else ""
+    also = _shared(cells)
     lines.append(f"{len(cells)} cells, {len(runs)} runs{also}; to train: {len(left)} runs, {sum_flops(left):.3g} FLOPs.")
     seconds = [cell.cost.get("seconds") for cell in left]
     if left and all(value is not None for value in seconds):
@@ -93,6 +95,18 @@ def plan_table(cells: Sequence[SuiteCell], states: Sequence[State], *, dollars_a
     if any(cell.cost.get("assumed") for cell in cells):
         lines.append("The corpus is not prepared here: what a sequence holds is assumed, hashes are provisional.")
     return "\n".join(lines)
+
+
+def _shared(cells: Sequence[SuiteCell]) -> str:
+    """Which cells are the same training, which may be meant or a setting that undoes what their axis varies."""
+    labels: dict[str, list[str]] = {}
+    for cell in cells:
+        labels.setdefault(cell.hash, []).append(cell.label)
+    alike = list(dict.fromkeys(" = ".join(dict.fromkeys(same)) for same in labels.values() if len(same) > 1))
+    if not alike:
+        return ""
+    listed = "; ".join(alike[:SHOWN]) + (f"; and {len(alike) - SHOWN} more" if len(alike) > SHOWN else "")
+    return f" ({len(cells) - len(labels)} cells are the same run as another and cost nothing: {listed})"
 
 
 def sum_flops(cells: Iterable[SuiteCell]) -> float:

@@ -20,12 +20,12 @@ in the same order, so every difference is paired; across seeds the spread is tha
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ablations.suites.composing import Composer, first_line, override_key
+from ablations.suites.composing import Composer, first_line, override_key, settings_of
+from ablations.suites.record import file_name
 from configs import CONFIG_DIR
 from configs.command import register
 from configs.errors import UserError
@@ -55,6 +55,11 @@ class EvaluationConfig:
     """Further settings of eval.fewshot, as on its command line."""
     textcore: list[str] | None = None
     """Settings of eval.textcore; null: it is not run."""
+
+    def validate(self) -> None:
+        self.images = [images.lower() for images in self.images]
+        if "true" not in self.images:
+            raise UserError(f"evaluation.images={self.images}: true must be among them; controls are compared with it.")
 
     def fewshot(self) -> list[list[str]]:
         """Overrides of each evaluation, `run=` left out."""
@@ -93,6 +98,7 @@ class SuiteConfig:
             raise UserError(f"{where}: matching={self.matching}; must be one of {', '.join(MATCHINGS)}.")
         if self.seeds < 1:
             raise UserError(f"{where}: seeds={self.seeds}; must be at least 1.")
+        self.evaluation.validate()
         for axis in self.changes:
             if axis not in self.axes:
                 raise UserError(f"{where}: changes names {axis!r}, which is no axis. Axes: {', '.join(self.axes) or 'none'}.")
@@ -128,6 +134,8 @@ def load_suite(name: str, overrides: Mapping[str, Any] | None = None) -> SuiteCo
         raise UserError(f"{path}: {' '.join(str(error).split())}. Each variant and each key may stand there once.") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {first_line(error)}") from error
+    if suite.name != name:
+        raise UserError(f"{path}: name: {suite.name}; it must be {name}, the file's own name, by which folders and tables go.")
     suite.validate()
     return suite
 
@@ -237,7 +245,7 @@ def plan_cells(
 
 
 def run_name(suite: SuiteConfig, choice: Mapping[str, str]) -> str:
-    return re.sub(r"[^\w.+=-]", "_", f"{suite.name}.{label_of(choice)}")
+    return file_name(f"{suite.name}.{label_of(choice)}")
 
 
 def _refuse_doubles(suite: SuiteConfig, choices: Sequence[Mapping[str, str]]) -> None:
@@ -253,13 +261,20 @@ def _refuse_doubles(suite: SuiteConfig, choices: Sequence[Mapping[str, str]]) ->
 
 def _refuse_shared_keys(suite: SuiteConfig, axes: Mapping[str, Mapping[str, Sequence[str]]], extra: Sequence[str]) -> None:
     """Two axes, or an axis and an override for all cells, that set one key: the later would silently win."""
-    touched = {axis: {override_key(o) for overrides in variants.values() for o in overrides} for axis, variants in axes.items()}
+    touched = {
+        axis: {setting for overrides in variants.values() for o in overrides for setting in settings_of(o)}
+        for axis, variants in axes.items()
+    }
     for override in extra:
-        for axis, keys in touched.items():
-            if override_key(override) in keys:
-                raise UserError(f"{override}: axis {axis} of suite {suite.name} varies {override_key(override)}. Leave it out.")
+        if (key := override_key(override)) in ("seed", "name"):
+            what = "seeds=[...] says which training seeds are run" if key == "seed" else "runs are named by suite and cell"
+            raise UserError(f"{override}: not a setting for all cells of a suite; {what}. Leave it out.")
+        for axis, settings in touched.items():
+            for own in sorted(settings):
+                if any(own.meets(setting) for setting in settings_of(override)):
+                    raise UserError(f"{override}: axis {axis} of suite {suite.name} varies {own.key}. Leave it out.")
     for one, other in itertools.combinations(touched, 2):
-        both = touched[one] & touched[other]
+        both = {max(a, b).key for a in touched[one] for b in touched[other] if a.meets(b)}
         shared = {key for key in both if not _declared(suite, one, key) and not _declared(suite, other, key)}
         if shared:
             raise UserError(

@@ -29,10 +29,10 @@ def table_sections(table: Table, paper: Paper | None = None) -> list[Section]:
     """The mean over tasks, each task, and the resources. `paper`: printed beside the mean where a row has such a value."""
     many = any(len(r.seeds) > 1 for r in table.resources)
     found = []
-    for number, block in enumerate(table.blocks):
+    for block in table.blocks:
         title = "Mean over tasks" if block.task is None else f"{block.task} ({block.metric})"
         title += f", chance {block.chance:.1f}" if block.chance is not None else ""
-        header, lines = _scores(block, table.shots, many_seeds=many, paper=paper or {} if number == 0 else {})
+        header, lines = _scores(block, table.shots, many_seeds=many, paper=paper or {} if block.task is None else {})
         found.append(Section(title, header, lines))
     return [*found, resources_section(table.resources)]
 
@@ -116,7 +116,7 @@ def resources_section(resources: Sequence[Resources]) -> Section:
 def si(value: float) -> str:
     """1234567 -> '1.23M'; whole numbers below a thousand as they are."""
     for limit, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
+        if abs(value) >= 0.9995 * limit:  # what rounds to 1000 of the smaller unit is 1 of this one
             return f"{value / limit:.3g}{sign}"
     return f"{value:.3g}"
 

@@ -242,5 +242,6 @@ def _notes(found: SuiteTable) -> list[str]:
         )
     if found.missing:
         more = f"; and {len(found.missing) - LISTED} more" if len(found.missing) > LISTED else ""
-        notes.append(f"Not finished, and left out: {'; '.join(found.missing[:LISTED])}{more}.")
+        losses = "; those that are trained are in the held-out losses" if found.held_out is not None else ""
+        notes.append(f"Not finished, and left out of the scores: {'; '.join(found.missing[:LISTED])}{more}{losses}.")
     return notes

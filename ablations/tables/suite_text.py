@@ -5,6 +5,7 @@ blocks with the paper's values -> what each axis does -> grids -> held-out losse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,7 +80,7 @@ def effects_section(effects: Sequence[Effect], shots: Sequence[int]) -> Section:
     lines = []
     for (axis, variant), by_shots in kinds.items():
         first = next(iter(by_shots.values()))
-        level = "" if first.has_seeds or len(first.seeds) == 0 else " (items)"
+        level = "" if first.has_seeds else " (items)"
         lines.append([
             axis, f"{variant} - {first.against}", *(_effect(by_shots[k]) + level for k in shots), str(first.pairs),
             ", ".join(map(str, first.seeds)) or "none shared",
@@ -146,7 +147,7 @@ def law_section(found: LawGrid) -> Section:
     lines = []
     for size in (size for size in found.sizes if size in found.losses):
         row = found.losses[size]
-        best = min(row.values(), key=lambda cell: cell.mean)
+        best = min((cell for cell in row.values() if math.isfinite(cell.mean)), key=lambda cell: cell.mean, default=None)
         lines.append([size, *("" if rate not in row else _loss(row[rate], row[rate] is best) for rate in rates)])
     notes = ["Held-out loss in nats a token, mean over captions, pages and text and over seeds, ± standard error over seeds."]
     if found.law is not None:
@@ -165,4 +166,6 @@ def law_section(found: LawGrid) -> Section:
 
 
 def _loss(cell: LossCell, best: bool) -> str:
+    if not math.isfinite(cell.mean):
+        return "diverged"
     return f"{cell.mean:.3f}" + ("" if cell.se is None else f" ± {cell.se:.3f}") + (" <" if best else "")
