@@ -114,7 +114,8 @@ def logged(rows: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, floa
 
 def loss_curves(runs: Sequence[Run], path: Path, *, window: int = 0, log_x: bool = False) -> list[Path]:
     """Training loss (nats a token) over steps: one panel a kind of data, one line a run; `window` logged steps of smoothing (0: a
-    tenth of the run). Losses that are not finite are left out. Writes PATH.png and PATH.svg and returns them. Raises UserError if a run has logged nothing."""
+    tenth of the run). Losses that are not finite are left out. Writes PATH.png and PATH.svg and returns them. Raises UserError
+    if a run has logged nothing."""
     records = {run.label: run.metrics() for run in runs}
     for run in runs:
         if len(records[run.label]) < 2:
