@@ -32,7 +32,6 @@ from eval.metrics import porter
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_LOOSE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
 _MAX_PERIODS = 32
 """The official code hands a flag to re.sub where the count belongs, so at most 32 periods go."""
 
@@ -103,14 +102,14 @@ def normalise(text: str) -> str:
 
 @lru_cache(maxsize=200_000)
 def normalise_evalai(text: str) -> str:
-    """The EvalAI server's normalisation for TextVQA: commas and question marks go first, 's is cut off as a word, and a period
-    after a digit stays."""
+    """The EvalAI server's normalisation for TextVQA: commas and question marks go first, and 's is cut off as a word. Its
+    expression for periods means to spare those after a digit, and spares none."""
     text = clean(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
     out = text
     for mark in _MARKS:
         if mark in text:
             out = out.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
-    return strip_words(_LOOSE_PERIOD.sub("", out))
+    return strip_words(_PERIOD.sub("", out, count=_MAX_PERIODS))
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
