@@ -235,7 +235,8 @@ def _answer(config: EvalConfig, target: Target, results: Results, remaining: lis
                 images.close()
                 bar = tqdm(total=total, unit="img", desc="answering", file=sys.stderr)
             (task, shots), found = message.cell, {record["id"] for record in message.records}
-            results.append(task, shots, message.records)
+            if message.records:  # without, a cell finished by now would get an empty file of work under way
+                results.append(task, shots, message.records)
             bar.set_description(f"{task}, {shots}-shot")
             bar.update(message.images)
             done[task, shots] |= found

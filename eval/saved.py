@@ -154,15 +154,14 @@ def read_saved(folder: Path) -> Saved:
 
 
 def _records(path: Path, queries: Sequence[str]) -> list[Record]:
-    # not splitlines(): a prediction may hold U+2028 or U+0085, which JSON leaves as they are and splitlines() cuts at
-    text = path.read_text(encoding="utf-8")
     try:
-        records = [json.loads(line) for line in text.split("\n") if line]
+        # not splitlines(): a prediction may hold U+2028 or U+0085, which JSON leaves as they are and splitlines() cuts at
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         ids = [record["id"] for record in records]
         for record in records:
             if not math.isfinite(record["score"]) or not isinstance(record["prediction"], str) or "cluster" not in record:
                 raise ValueError(f"item {record['id']}: no score, cluster or prediction")
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or half-written ({error!r}). Delete it and evaluate again.") from error
     if ids != list(queries):
         raise UserError(f"{path}: its {len(ids)} items are not the plan's {len(queries)}. Delete the file and evaluate again.")
