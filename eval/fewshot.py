@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,12 @@ from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
 from eval.controls import IMAGES
+from eval.metrics.vqa import check_answers
 from eval.nearest import EncoderFeatures
 from eval.plan import make_plan
 from eval.results import Results, render
 from eval.tasks.official.presence import check_compared, check_images
+from eval.tasks.pool import TaskData
 from eval.tasks.settings import load_settings
 from eval.tasks.sources import read_sources, split_names
 from eval.workers import Cell, Encoded, messages
@@ -190,6 +193,8 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
         features=features,
     )
     for task in tasks:
+        if task.kind == "vqa":
+            _check_answers(task, plan.tasks[task.name].queries, settings[task.name].metric)
         if task.kind == "captioning" and len(plan.tasks[task.name].queries) < 2:
             raise UserError(f"Task {task.name}: CIDEr of fewer than 2 images is always 0. Raise limit=...")
     check_images(tasks, plan, IMAGES[config.images])
@@ -205,6 +210,15 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
         config.sparq if config.attention == "sparq" else None,
     )
     return target, results
+
+
+def _check_answers(task: TaskData, queries: Sequence[str], metric: str) -> None:
+    """Raises UserError for a question with too few answers for its metric, before anything is asked."""
+    for query in queries:
+        try:
+            check_answers(task.queries.example(query, image=False).references, metric)
+        except UserError as error:
+            raise UserError(f"Task {task.name}, item {query!r}: {error} On the command line: vqa_metric=gqa_exact.") from error
 
 
 def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
-from eval.controls import Show, show_plainly, show_shuffled
+from eval.controls import Show, show_blindly, show_plainly, show_shuffled
 from eval.prompts import PROMPTS, build_prompt, options
 from eval.results import REFERENCES_KEY, Results
 from eval.tasks.example import Example
@@ -35,7 +35,11 @@ class Prompter:
         self.most = results.plan.shots[-1]
         self.template = PROMPTS[results.settings[task.name].prompts][task.kind]
         self.register = register
-        self._read: Show = show_shuffled(task, results.plan.seed) if self.control == "shuffled" else show_plainly
+        self._read: Show = show_plainly
+        if self.control == "shuffled":
+            self._read = show_shuffled(task, results.plan.seed)
+        elif self.control == "none" and register is not None:  # without, a page of the evaluation wants to show them
+            self._read = show_blindly
         self._shown: dict[tuple[Pool, str], Example] = {}
 
     def _show(self, pool: Pool, name: str) -> Example:

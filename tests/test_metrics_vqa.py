@@ -82,6 +82,16 @@ def test_every_vqa_variant_gives_one_to_a_unanimous_answer(variant: str) -> None
     assert vqa_accuracy("cat", ["cat"] * 10, variant) == 1.0
 
 
+@pytest.mark.parametrize(("variant", "fewest"), [(v, {"min3": 3, "gqa_exact": 1}.get(v, 4)) for v in VARIANTS])
+def test_too_few_answers_for_any_prediction_to_be_right_are_refused(variant: str, fewest: int) -> None:
+    assert vqa_accuracy("cat", ["cat"] * fewest, variant) == 1.0
+    for number in range(1, fewest):
+        with pytest.raises(
+            UserError, match=rf"by {variant} no prediction .* with {number} answers .* wants {fewest} .*gqa_exact"
+        ):
+            vqa_accuracy("cat", ["cat"] * number, variant)
+
+
 def test_vqa_errors_name_what_is_known() -> None:
     with pytest.raises(UserError, match="vqa_official"):
         vqa_accuracy("a", ["a"], "oficial")

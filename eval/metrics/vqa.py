@@ -173,10 +173,24 @@ VARIANTS: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "vqa_official") -> float:
-    """One question's accuracy in [0, 1]. Raises UserError for an unknown variant or no answers."""
-    if variant not in VARIANTS:
-        raise UserError(f"VQA accuracy has no variant {variant!r}. Known: {', '.join(VARIANTS)}.")
+FEWEST = {"min3": 3, "gqa_exact": 1}
+"""Answers below which no prediction scores 1; of all others 4, since three must match besides the one left out."""
+
+
+def check_answers(answers: Sequence[str], variant: str) -> None:
+    """Raises UserError for answers that are no list, or too few for any prediction to be right by this variant."""
     if isinstance(answers, str) or not answers:
         raise UserError(f"VQA accuracy: answers must be a list of the annotators' strings (found {answers!r}).")
+    if len(answers) < (fewest := FEWEST.get(variant, 4)):
+        raise UserError(
+            f"VQA accuracy: by {variant} no prediction scores 1 with {len(answers)} answers ({answers!r}); it wants {fewest} or "
+            "more. Give every annotator's answer, equal ones too, or score by gqa_exact, which wants one."
+        )
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "vqa_official") -> float:
+    """One question's accuracy in [0, 1]. Raises UserError for an unknown variant, and as `check_answers` does."""
+    if variant not in VARIANTS:
+        raise UserError(f"VQA accuracy has no variant {variant!r}. Known: {', '.join(VARIANTS)}.")
+    check_answers(answers, variant)
     return VARIANTS[variant](prediction, answers)

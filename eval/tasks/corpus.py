@@ -64,19 +64,27 @@ class CorpusPool:
         """id -> image id."""
         return {name: str(self._records[position]["image_id"]) for name, position in self._position.items()}
 
-    def example(self, name: str) -> Example:
-        """Raises UserError if an image is missing from the sample."""
+    def example(self, name: str, *, image: bool = True) -> Example:
+        """Raises UserError if an image is missing from the sample. `image` False: nothing is read but for episodes to bind."""
         position = self._position[name]
-        members = self._reader[position]
         record = self._records[position]
-        where = f"{members.shard}: sample {members.key} of task {self.task}"
         if self.kind == "binding":
-            return _episode(record, members, where)
+            return _episode(record, *self._members(position))
+        references = record["references"] if self.kind == "captioning" else record["answers"]
+        shown = self._image(position) if image else b""
+        return Example(name, str(record["image_id"]), shown, record.get("question"), tuple(references))
+
+    def _members(self, position: int) -> tuple[Mapping[str, bytes], str]:
+        """(the sample's members, what errors call it)"""
+        members = self._reader[position]
+        return members, f"{members.shard}: sample {members.key} of task {self.task}"
+
+    def _image(self, position: int) -> bytes:
+        members, where = self._members(position)
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if image is None:
             raise UserError(f"{where}: no image (members: {', '.join(members)}). Prepare the corpus again.")
-        references = record["references"] if self.kind == "captioning" else record["answers"]
-        return Example(name, str(record["image_id"]), image, record.get("question"), tuple(references))
+        return image
 
 
 def _record(members: Mapping[str, bytes], kind: str, where: str) -> dict[str, Any]:

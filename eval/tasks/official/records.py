@@ -157,12 +157,13 @@ class OfficialPool:
     def image_ids(self) -> dict[str, str]:
         return self._image_ids
 
-    def example(self, name: str) -> Example:
+    def example(self, name: str, *, image: bool = True) -> Example:
         position = self._position[name]
         records = self._records
         question = None if records.questions is None else records.questions[position]
         references = tuple(records.references[position])
-        return Example(name, records.image_ids[position], records.images.read(position), question, references)
+        shown = records.images.read(position) if image else b""
+        return Example(name, records.image_ids[position], shown, question, references)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Where the absent images of these items should be."""
