@@ -22,6 +22,7 @@ from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
 from eval.controls import IMAGES
+from eval.device import check_device
 from eval.metrics.vqa import check_answers
 from eval.nearest import EncoderFeatures
 from eval.plan import make_plan
@@ -83,6 +84,7 @@ class EvalConfig:
         self.images = self.images.lower()
         if self.images not in IMAGES:
             raise UserError(f"images={self.images}: choose from {', '.join(IMAGES)}.")
+        check_device(self.device)
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: give a number from 1 up.")
         if self.processes is not None and self.processes < 1:

@@ -12,6 +12,7 @@ import torch
 from configs.errors import UserError
 from eval.fewshot import evaluate
 from eval.saved import read_saved
+from eval.workers import _obituary
 from mm1.model.multimodal import MultimodalLM
 from tests.corpus import tokenizer
 from tests.models import tiny_model
@@ -74,6 +75,18 @@ def test_answers_before_a_damaged_line_are_kept_and_the_others_given_again(
     evaluate(config)
     assert f"{partial}: damaged after 1 items" in capsys.readouterr().out
     assert files(folder) == whole
+
+
+def test_a_process_that_raises_says_what_and_blames_no_memory(export: Path, corpus: Path, tmp_path: Path) -> None:
+    config = config_for(copy_of(export, tmp_path), corpus, tasks=["colours"], processes=2, threads=2**70)
+    with pytest.raises(RuntimeError, match=r"(?s)An evaluation process failed:\nTraceback .*set_num_threads") as failed:
+        evaluate(config)
+    assert "memory" not in str(failed.value)
+
+
+def test_memory_is_blamed_for_processes_that_were_killed_alone() -> None:
+    assert "code -9, most often because memory ran out" in _obituary(-9)
+    assert "code 1, for what it wrote above" in _obituary(1)
 
 
 def test_results_that_are_no_text_are_named(export: Path, corpus: Path, tmp_path: Path) -> None:
