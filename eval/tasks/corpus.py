@@ -151,6 +151,8 @@ def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskDat
         raise UserError(f"tasks: corpus {manifest.corpus!r} has no {', '.join(unknown)}. It has: {known}.")
     if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
         raise UserError(f"tasks: {', '.join(repeated)} given twice. Name each task once.")
+    if not wanted and names is not None:
+        raise UserError(f"tasks=[]: names none. Name some of {', '.join(manifest.tasks) or 'none'}, or leave tasks out for all.")
     if not wanted:
         raise UserError(f"Corpus {manifest.corpus!r} ({folder}) comes with no tasks. Give another one: task_corpus=NAME.")
     tasks = []
