@@ -151,7 +151,7 @@ class Results:
         content, whole = partial.read_bytes(), 0
         for line in content.splitlines(keepends=True):
             try:
-                record = json.loads(line) if line.endswith(b"\n") else None
+                record: Any = json.loads(line) if line.endswith(b"\n") else None
                 records[record["id"]] = record
             except (ValueError, KeyError, TypeError):
                 break

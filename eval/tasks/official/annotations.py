@@ -27,7 +27,7 @@ def load(path: Path, hook: Hook | None = None, *, pairs: bool = False) -> Any:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             text = str(content, "utf-8")  # type: ignore[call-overload]  # straight from the page cache: one copy, not two
-        return json.loads(text, **{"object_pairs_hook" if pairs else "object_hook": hook})
+        return json.loads(text, object_pairs_hook=hook) if pairs else json.loads(text, object_hook=hook)
     except (OSError, ValueError, RecursionError) as error:  # an empty file cannot be mapped; brackets may nest without an end
         raise UserError(f"{path}: no readable JSON ({error}). Bring the file again.") from error
 
