@@ -20,7 +20,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from eval.plan import sample_queries
 from eval.prompter import Prompter
 from eval.prompts import build_prompt
 from eval.results import REFERENCES_KEY
-from eval.saved import Record, Saved
+from eval.saved import Record, Saved, sparq_words
 from eval.statistics import clustered_mean
 from eval.tasks.example import Example
 from eval.tasks.pool import TaskData
@@ -135,6 +135,8 @@ def facts(saved: Saved) -> dict[str, Any]:
         "demonstrations": plan.mode,
         "sample": "all queries" if plan.limit is None else f"at most {plan.limit} queries a task",
         "images": saved.control or "true",
+        "prompts": ", ".join(sorted({task.prompts for task in saved.settings.values()})),
+        "attention": "dense" if saved.sparq is None else sparq_words(asdict(saved.sparq)),
         "number format": saved.dtype,
         "weights": saved.weights,
         "corpus": f"{plan.corpus}, {plan.corpus_fingerprint[:12]}",

@@ -27,6 +27,11 @@ def show_plainly(pool: Pool, name: str) -> Example:
     return pool.example(name)
 
 
+def show_blindly(pool: Pool, name: str) -> Example:
+    """Without its image, which need not be there."""
+    return pool.example(name, image=False)
+
+
 def show_shuffled(task: TaskData, seed: int) -> Show:
     """Raises UserError for a split with too few images to exchange them."""
     if task.support is None:

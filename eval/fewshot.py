@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,13 @@ from configs.command import command
 from configs.errors import UserError
 from data_pipelines import paths
 from eval.controls import IMAGES
+from eval.device import check_device
+from eval.metrics.vqa import check_answers
 from eval.nearest import EncoderFeatures
 from eval.plan import make_plan
 from eval.results import Results, render
 from eval.tasks.official.presence import check_compared, check_images
+from eval.tasks.pool import TaskData
 from eval.tasks.settings import load_settings
 from eval.tasks.sources import read_sources, split_names
 from eval.workers import Cell, Encoded, messages
@@ -80,6 +84,7 @@ class EvalConfig:
         self.images = self.images.lower()
         if self.images not in IMAGES:
             raise UserError(f"images={self.images}: choose from {', '.join(IMAGES)}.")
+        check_device(self.device)
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size}: give a number from 1 up.")
         if self.processes is not None and self.processes < 1:
@@ -190,6 +195,8 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
         features=features,
     )
     for task in tasks:
+        if task.kind == "vqa":
+            _check_answers(task, plan.tasks[task.name].queries, settings[task.name].metric)
         if task.kind == "captioning" and len(plan.tasks[task.name].queries) < 2:
             raise UserError(f"Task {task.name}: CIDEr of fewer than 2 images is always 0. Raise limit=...")
     check_images(tasks, plan, IMAGES[config.images])
@@ -205,6 +212,15 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
         config.sparq if config.attention == "sparq" else None,
     )
     return target, results
+
+
+def _check_answers(task: TaskData, queries: Sequence[str], metric: str) -> None:
+    """Raises UserError for a question with too few answers for its metric, before anything is asked."""
+    for query in queries:
+        try:
+            check_answers(task.queries.example(query, image=False).references, metric)
+        except UserError as error:
+            raise UserError(f"Task {task.name}, item {query!r}: {error} On the command line: vqa_metric=gqa_exact.") from error
 
 
 def evaluate(config: EvalConfig) -> tuple[dict[str, Any], Path]:
@@ -235,7 +251,8 @@ def _answer(config: EvalConfig, target: Target, results: Results, remaining: lis
                 images.close()
                 bar = tqdm(total=total, unit="img", desc="answering", file=sys.stderr)
             (task, shots), found = message.cell, {record["id"] for record in message.records}
-            results.append(task, shots, message.records)
+            if message.records:  # without, a cell finished by now would get an empty file of work under way
+                results.append(task, shots, message.records)
             bar.set_description(f"{task}, {shots}-shot")
             bar.update(message.images)
             done[task, shots] |= found

@@ -23,6 +23,7 @@ import numpy as np
 
 from configs.errors import UserError
 from data_pipelines.images import decode_image
+from eval.device import pick_device
 from eval.tasks.pool import Pool, TaskData
 
 VERSION = 1
@@ -67,8 +68,7 @@ class EncoderFeatures:
         if self._model is None:
             from eval.generate import load_model
 
-            device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-            self._model, _ = load_model(self.export, device, "float32")
+            self._model, _ = load_model(self.export, pick_device(self.device), "float32")
         model, found = self._model, []
         with tqdm(total=len(wanted), unit="img", desc=f"{task.name}, features", file=sys.stderr) as bar:
             for start in range(0, len(wanted), BATCH):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from eval.controls import Show, show_plainly, show_shuffled
+from configs.errors import UserError
+from eval.controls import Show, show_blindly, show_plainly, show_shuffled
 from eval.prompts import PROMPTS, build_prompt, options
 from eval.results import REFERENCES_KEY, Results
 from eval.tasks.example import Example
@@ -29,10 +31,15 @@ class Prompter:
 
     def __init__(self, results: Results, task: TaskData, register: Register | None = None) -> None:
         self.task, self.plan, self.control = task, results.plan.tasks[task.name], results.control
+        self.run, self.dtype = results.run["name"], results.dtype
         self.most = results.plan.shots[-1]
         self.template = PROMPTS[results.settings[task.name].prompts][task.kind]
         self.register = register
-        self._read: Show = show_shuffled(task, results.plan.seed) if self.control == "shuffled" else show_plainly
+        self._read: Show = show_plainly
+        if self.control == "shuffled":
+            self._read = show_shuffled(task, results.plan.seed)
+        elif self.control == "none" and register is not None:  # without, a page of the evaluation wants to show them
+            self._read = show_blindly
         self._shown: dict[tuple[Pool, str], Example] = {}
 
     def _show(self, pool: Pool, name: str) -> Example:
@@ -84,7 +91,15 @@ class Prompter:
         return Request(parts, options(self.template, asked.names))
 
     def record(self, query: str, shots: int, answer: Answer) -> dict[str, Any]:
-        """One line of the results, still without its score."""
+        """One line of the results, still without its score. Raises UserError for an answer whose numbers are not finite."""
+        measured = {"logprob": answer.logprob, "entropy": answer.entropy, "image_gain": answer.image_gain or 0.0}
+        measured |= {f"option {number}": value for number, value in enumerate(answer.options)}
+        if wrong := [f"{key} {value}" for key, value in measured.items() if not math.isfinite(value)]:
+            raise UserError(
+                f"run {self.run}, task {self.task.name}, {shots}-shot, item {query!r}: {', '.join(wrong)}. The model's "
+                "probabilities are no numbers, and it gives no answer: its weights are not finite (did its training diverge?) "
+                f"or too large for dtype={self.dtype}. Evaluate with dtype=float32, or another checkpoint."
+            )
         asked = self._show(self.task.queries, query)
         record: dict[str, Any] = {"id": query, "cluster": asked.image_id, "prediction": answer.text}
         record[REFERENCES_KEY[self.task.kind]] = list(asked.references)

@@ -80,7 +80,7 @@ def _fill(parts: list[Part], template: str, example: Example) -> None:
         elif field == "question":
             _append(parts, example.question or "")
         elif field == "answer":
-            _append(parts, example.shown_answer)
+            _append(parts, example.shown_answer.strip())  # a reference that ends its line ends no demonstration's
 
 
 def _append(parts: list[Part], text: str) -> None:

@@ -142,16 +142,26 @@ class Results:
         _write(path, self.identity | {"weights": self.weights, "plan": self.plan.to_json()})
 
     def answered(self, task: str, shots: int) -> dict[str, dict[str, Any]]:
-        """id -> record of the items done before an interruption; a line that a kill cut short is forgotten."""
+        """id -> record of the items done before an interruption; a line that a kill cut short is forgotten. So is, and that is
+        said, all from a line on that cannot be read: a power cut may leave zeros where text was."""
         partial = self._partial(task, shots)
         if not partial.is_file():
             return {}
-        whole, _, rest = partial.read_bytes().rpartition(b"\n")
-        if rest:
+        records: dict[str, dict[str, Any]] = {}
+        content, whole = partial.read_bytes(), 0
+        for line in content.splitlines(keepends=True):
+            try:
+                record: Any = json.loads(line) if line.endswith(b"\n") else None
+                records[record["id"]] = record
+            except (ValueError, KeyError, TypeError):
+                break
+            whole += len(line)
+        if lost := content[whole:]:
+            if b"\n" in lost:
+                print(f"{partial}: damaged after {len(records)} items; the rest of it is answered again.")
             with open(partial, "r+b") as file:
-                file.truncate(len(whole) + 1 if whole else 0)
-        records = [json.loads(line) for line in whole.splitlines()]
-        return {record["id"]: record for record in records}
+                file.truncate(whole)
+        return records
 
     def append(self, task: str, shots: int, records: Sequence[dict[str, Any]]) -> None:
         with open(self._partial(task, shots), "a", encoding="utf-8") as file:
@@ -188,7 +198,7 @@ class Results:
                     "Delete the file and evaluate again."
                 )
             return clustered_mean([record["score"] for record in records], [record["cluster"] for record in records])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
             raise UserError(f"{path} is damaged ({error}). Delete it and evaluate again.") from error
 
     def summarise(self) -> dict[str, Any]:
@@ -265,6 +275,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise UserError(f"{path} is damaged ({error}). Delete {path.parent} and evaluate again.") from error
     return content if isinstance(content, dict) else {}

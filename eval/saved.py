@@ -20,6 +20,7 @@ from typing import Any
 from configs.errors import UserError
 from data_pipelines import paths
 from data_pipelines.shards import Manifest
+from eval.again import command
 from eval.plan import Plan, TaskPlan
 from eval.prompts import PROMPTS
 from eval.results import RESULTS_VERSION, Results
@@ -27,6 +28,7 @@ from eval.tasks.official.tasks import official_names
 from eval.tasks.pool import TaskData
 from eval.tasks.settings import TaskSettings
 from eval.tasks.sources import read_sources
+from mm1.attention.settings import SparqSettings
 
 Record = dict[str, Any]
 
@@ -45,10 +47,12 @@ class Saved:
     weights: str
     cells: dict[tuple[str, int], list[Record]] = field(repr=False)
     missing: dict[tuple[str, int], int]
+    sparq: SparqSettings | None = None
 
     @property
     def again(self) -> str:
-        return f"python -m eval.fewshot run={self.label} goes on where it stopped."
+        """What to do, with the command at its end."""
+        return f"Go on where it stopped: {command(self)}"
 
     def results(self, tasks: Mapping[str, TaskData]) -> Results:
         """What eval/fewshot.py's Prompter asks for."""
@@ -61,6 +65,7 @@ class Saved:
             self.dtype,
             {"name": self.label},
             self.weights,
+            self.sparq,
         )
 
 
@@ -109,9 +114,16 @@ def _describe(folder: Path) -> str:
             parts.append(f"demonstration seed {plan['demonstration_seed']}")
         parts += [f"images {raw['control']}"] if raw.get("control") else []
         parts += [str(raw["dtype"])] if raw.get("dtype") != "float32" else []
+        parts.append(f"prompts {', '.join(sorted({task['prompts'] for task in raw['settings'].values()}))}")
+        parts += [sparq_words(raw["sparq"])] if raw.get("sparq") else []
         return "; ".join(parts) + ("" if (folder / "summary.json").is_file() else "; not finished")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(folder / "plan.json", error) from error
+
+
+def sparq_words(settings: Mapping[str, Any]) -> str:
+    """SparQ's settings in a few words, those that say nothing left out."""
+    return f"SparQ {', '.join(f'{key} {value}' for key, value in settings.items() if value is not None)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -131,6 +143,7 @@ def read_saved(folder: Path) -> Saved:
         }
         found = plan.fingerprint, raw["plan_fingerprint"]
         control, dtype, weights = raw["control"], str(raw["dtype"]), str(raw["weights"])
+        sparq = SparqSettings(**raw["sparq"]) if raw.get("sparq") else None
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     if found[0] != found[1]:
@@ -147,22 +160,21 @@ def read_saved(folder: Path) -> Saved:
             else:
                 partial = file.with_name(file.name + ".partial")
                 missing[name, shots] = partial.read_bytes().count(b"\n") if partial.is_file() else 0
-    saved = Saved(folder, _label(folder), plan, settings, control, dtype, weights, cells, missing)
+    saved = Saved(folder, _label(folder), plan, settings, control, dtype, weights, cells, missing, sparq)
     if not cells:
         raise UserError(f"{folder}: no task is finished yet at any number of shots. {saved.again}")
     return saved
 
 
 def _records(path: Path, queries: Sequence[str]) -> list[Record]:
-    # not splitlines(): a prediction may hold U+2028 or U+0085, which JSON leaves as they are and splitlines() cuts at
-    text = path.read_text(encoding="utf-8")
     try:
-        records = [json.loads(line) for line in text.split("\n") if line]
+        # not splitlines(): a prediction may hold U+2028 or U+0085, which JSON leaves as they are and splitlines() cuts at
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         ids = [record["id"] for record in records]
         for record in records:
             if not math.isfinite(record["score"]) or not isinstance(record["prediction"], str) or "cluster" not in record:
                 raise ValueError(f"item {record['id']}: no score, cluster or prediction")
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged or half-written ({error!r}). Delete it and evaluate again.") from error
     if ids != list(queries):
         raise UserError(f"{path}: its {len(ids)} items are not the plan's {len(queries)}. Delete the file and evaluate again.")

@@ -26,6 +26,7 @@ from omegaconf import MISSING
 from configs.command import command
 from configs.errors import UserError
 from eval.adapters.decoding import DTYPES, model_folder
+from eval.device import check_device
 from eval.tasks.textcore import EIGHT, TASKS, find_files, fingerprint, read_split, splits_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class TextcoreConfig:
         self.tasks = [name for name in TASKS if name in chosen]
         if not self.shots or min(self.shots) < 0 or sorted(set(self.shots)) != self.shots:
             raise UserError(f"shots={self.shots}: give numbers from 0 up, in rising order.")
+        check_device(self.device)
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}: choose from {', '.join(DTYPES)}.")
         for key in ("limit", "batch_size", "threads"):

@@ -10,12 +10,14 @@ Results are put in the plan's order when a cell is complete: they are the same b
 from __future__ import annotations
 
 import queue
+import traceback
 from collections import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from eval.device import pick_device
 from mm1.cpu import use_whole_width, whole_width_in_use
 
 if TYPE_CHECKING:
@@ -102,11 +104,10 @@ class Worker:
 
 
 def device_of(device: str, index: int) -> str:
-    """`auto`: the GPUs in turn, or the CPU."""
+    """`auto`: the GPUs in turn, or the CPU. Raises UserError for a device that is not there."""
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
     return f"cuda:{index % torch.cuda.device_count()}" if device == "cuda" else device
 
 
@@ -120,7 +121,8 @@ def processes_of(config: EvalConfig) -> int:
 
 
 def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, set[str]]) -> abc.Generator[Message, None, None]:
-    """What `processes` workers report, until all is answered. Raises UserError for what one of them raises, or when one dies."""
+    """What `processes` workers report, until all is answered. Raises UserError where one of them does, or when one dies, and
+    RuntimeError with the traceback of what else one raises."""
     count = processes_of(config)
     if count == 1:
         worker = Worker(config, target, results)
@@ -143,12 +145,9 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
             except queue.Empty:
                 died = [process for process in processes if process.exitcode not in (None, 0)]
                 if died:
-                    raise UserError(
-                        f"An evaluation process ended with code {died[0].exitcode}, most often because memory ran out: lower "
-                        "processes or batch_size. The same command goes on where it stopped."
-                    ) from None
+                    raise UserError(_obituary(died[0].exitcode or 0)) from None
                 continue
-            if isinstance(message, UserError):
+            if isinstance(message, Exception):
                 raise message
             if message is None:
                 running -= 1
@@ -159,6 +158,12 @@ def messages(config: EvalConfig, target: Any, results: Any, done: Mapping[Cell, 
             process.terminate()
         for process in processes:
             process.join()
+
+
+def _obituary(code: int) -> str:
+    """A process that says nothing was killed (a negative code: by that signal) or could not start, and wrote why itself."""
+    why = "most often because memory ran out: lower processes or batch_size." if code < 0 else "for what it wrote above."
+    return f"An evaluation process ended with code {code}, {why} The same command goes on where it stopped."
 
 
 def _work(index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int, wide: bool, sent: Any, encoded: Any) -> None:
@@ -179,3 +184,5 @@ def _work(index: int, config: EvalConfig, done: dict[Cell, set[str]], count: int
         sent.put(None)
     except UserError as error:
         sent.put(error)
+    except Exception:
+        sent.put(RuntimeError(f"An evaluation process failed:\n{traceback.format_exc()}"))

@@ -439,6 +439,11 @@ def test_new_weights_are_evaluated_again(export: Path, corpus: Path, tmp_path: P
 def test_mistakes_are_named(export: Path, corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no colors. It has: colours, questions, names"):
         evaluate(config_for(export, corpus, tasks=["colors"]))
+    with pytest.raises(UserError, match=r"tasks=\[\]: names none. Name some of colours, questions, names"):
+        evaluate(config_for(export, corpus, tasks=[]))
+    for tasks in (["questions"], ["colours"]):
+        with pytest.raises(UserError, match=r"^vqa_metric=foo: no such VQA accuracy. Choose from: vqa_official"):
+            evaluate(config_for(export, corpus, tasks=tasks, vqa_metric="foo"))
     with pytest.raises(UserError, match="task_corpus=NAME"):
         evaluate(EvalConfig(run=str(export)))
     with pytest.raises(UserError, match="fewer than 2 images"):

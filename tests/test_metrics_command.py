@@ -37,6 +37,11 @@ def test_command_line_scores_files_and_names_mistakes(tmp_path: Path) -> None:
     assert "'q1' stands there twice" in twice.stderr
 
 
+def test_a_folder_for_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["captions", "--references", str(tmp_path), "--candidates", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be read (Is a directory). Give a JSON file." in capsys.readouterr().err
+
+
 REFERENCES = {"x": ["a red circle", "one red circle"], "y": ["two blue squares on a table"], "z": ["a dog runs", "a dog"]}
 CANDIDATES = {"z": "a dog", "x": "a red circle", "y": "blue squares"}
 

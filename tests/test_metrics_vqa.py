@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from configs.errors import UserError
 from eval.metrics.porter import stem
-from eval.metrics.vqa import VARIANTS, clean, leave_one_out, normalise, strip_punctuation, strip_words, vqa_accuracy
+from eval.metrics.vqa import (
+    VARIANTS,
+    clean,
+    leave_one_out,
+    normalise,
+    normalise_evalai,
+    strip_punctuation,
+    strip_words,
+    vqa_accuracy,
+)
 from tests.recorded import vectors
 
 
@@ -58,9 +67,29 @@ def test_official_vqa_normalises_only_where_annotators_differ() -> None:
     assert vqa_accuracy("two", ["2"] * 3 + ["3"] * 7, "vqa_official") == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(
+    ("said", "normalised"),
+    [("2016.", "2016"), ("No. 7.", "no 7"), ("3.5", "3.5"), (".5", ".5"), ("5.a", "5a"), ("St. John's", "st john 's"),
+     ("1,000", "1000"), ("What? Two!", "what 2"), ("the t-shirt", "t shirt"), ("." * 33, "."), ("Dont", "don't")],
+)  # fmt: skip
+def test_textvqas_server_by_hand(said: str, normalised: str) -> None:
+    """By the rules of mmf/utils/m4c_evaluators.py (facebookresearch/mmf)."""
+    assert normalise_evalai(said) == normalised
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_vqa_variant_gives_one_to_a_unanimous_answer(variant: str) -> None:
     assert vqa_accuracy("cat", ["cat"] * 10, variant) == 1.0
+
+
+@pytest.mark.parametrize(("variant", "fewest"), [(v, {"min3": 3, "gqa_exact": 1}.get(v, 4)) for v in VARIANTS])
+def test_too_few_answers_for_any_prediction_to_be_right_are_refused(variant: str, fewest: int) -> None:
+    assert vqa_accuracy("cat", ["cat"] * fewest, variant) == 1.0
+    for number in range(1, fewest):
+        with pytest.raises(
+            UserError, match=rf"by {variant} no prediction .* with {number} answers .* wants {fewest} .*gqa_exact"
+        ):
+            vqa_accuracy("cat", ["cat"] * number, variant)
 
 
 def test_vqa_errors_name_what_is_known() -> None:

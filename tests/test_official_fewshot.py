@@ -85,6 +85,25 @@ def test_missing_images_stop_it_before_a_model_is_loaded(model: Path, datasets: 
         evaluate(config_for(model, datasets / "nowhere", "tasks=gqa"))
 
 
+def test_images_that_are_not_shown_need_not_be_there(model: Path, datasets: Path) -> None:
+    settings = ("tasks=[gqa,coco]", "images=none")
+    folder = evaluate(config_for(model, datasets, *settings))[1]
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
+    shutil.rmtree(folder)
+    for image in [*datasets.rglob("*.jpg")]:
+        image.unlink()
+    assert evaluate(config_for(model, datasets, *settings))[1] == folder
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == whole
+
+
+def test_questions_with_too_few_answers_are_refused_before_a_model_is_loaded(
+    model: Path, datasets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fewshot, "_answer", None)
+    with pytest.raises(UserError, match=r"Task gqa, item '20100': .*by vqa_official no prediction .* vqa_metric=gqa_exact"):
+        evaluate(config_for(model, datasets, "tasks=[gqa]", "vqa_metric=vqa_official"))
+
+
 def test_the_corpuss_own_tasks_and_official_ones_in_one_plan(model: Path, datasets: Path, tmp_path: Path) -> None:
     corpus = write_tasks(tmp_path / "toy")
     target, results = fewshot.prepare(config_for(model, datasets, "tasks=[questions,vqav2]", f"task_corpus={corpus}"))

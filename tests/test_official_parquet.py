@@ -195,6 +195,23 @@ def test_a_part_of_a_split_is_refused(tmp_path: Path) -> None:
         read(tmp_path, "vqav2")
 
 
+def test_a_gap_among_numbered_files_is_refused(tmp_path: Path) -> None:
+    for number in (0, 2):
+        write(tmp_path / f"vqav2/default/validation/{number:04d}.parquet", vqav2_rows(10 * number, 3))
+    with pytest.raises(UserError, match=r"lacks 1 of at least 3 shards of validation, the first of them number 0001"):
+        read(tmp_path, "vqav2", shots=0)
+    write(tmp_path / "vqav2/default/validation/0001.parquet", vqav2_rows(10, 3))
+    assert len(read(tmp_path, "vqav2", shots=0).queries.ids) == 9
+
+
+def test_a_file_that_lacks_a_column_of_the_others_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "vqav2/default/validation/0000.parquet", vqav2_rows(0, 3))
+    other = tmp_path / "vqav2/default/validation/0001.parquet"
+    write(other, [{key: value for key, value in row.items() if key != "answers"} for row in vqav2_rows(3, 3)])
+    with pytest.raises(UserError, match=rf"{other}: no column answers, which 0000\.parquet has for the references; it has "):
+        read(tmp_path, "vqav2", shots=0)
+
+
 def test_columns_that_are_not_there_are_named_and_can_be_given(tmp_path: Path) -> None:
     rows = [{"qid": n, "image": embedded(n), "question": "?", "answers": ["a"]} for n in range(3)]
     path = tmp_path / "vizwiz/data/val-00000-of-00001.parquet"

@@ -405,6 +405,40 @@ def test_rows_that_are_not_the_tasks_are_named(tmp_path: Path, name: str, change
         convert(TASKS[name], tmp_path, "rows.jsonl", json.dumps(row))
 
 
+def test_piqas_labels_must_be_as_many_as_its_rows(tmp_path: Path) -> None:
+    row = json.dumps({"goal": "g", "sol1": "a", "sol2": "b"}) + "\n"
+    for labels, message in (
+        ("0\n1\n0\n", "3 labels, more than the 2 rows of rows"),
+        ("0\n", "1 labels, fewer than rows in rows"),
+    ):
+        (tmp_path / "rows-labels.lst").write_text(labels)
+        with pytest.raises(UserError, match=rf"rows-labels\.lst: {message}"):
+            convert(TASKS["piqa"], tmp_path, "rows.jsonl", 2 * row)
+
+
+def test_a_part_of_a_split_is_refused(tmp_path: Path) -> None:
+    only = tmp_path / "sciq/test-00000-of-00002.jsonl"
+    only.parent.mkdir()
+    only.write_text(json.dumps(made_up("sciq", 0)))
+    with pytest.raises(UserError, match=rf"Task sciq: {only.parent} lacks 1 of 2 shards of test, the first of them number 00001"):
+        find_files(tmp_path, ["sciq"], [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.json", '[{"text": "é b"}]'.encode("latin-1"), r"rows\.json: no UTF-8"),
+        ("rows.json", b"[" * 100_000, r"rows\.json: no JSON"),
+        ("rows.jsonl", b'{"text": "a \\ud83d"}', r"text is 'a \\ud83d', which holds half of a character"),
+    ],
+    ids=["latin-1", "nested", "half a character"],
+)
+def test_text_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_split(TASKS["lambada"], [tmp_path / name])
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     for name, text, message in (
         ("rows.jsonl", '{"text": "a b"}\n{"text": ', "line 2: no JSON"),

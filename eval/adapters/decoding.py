@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
+from eval.device import pick_device
 
 if TYPE_CHECKING:
     import torch
@@ -50,17 +51,6 @@ def model_folder(name_or_path: str) -> Path:
     if not (run.export / "config.json").is_file():
         raise UserError(f"{name_or_path}: {run.folder} has no exported model yet. Train the run to its end.")
     return run.export
-
-
-def pick_device(device: str | None) -> str:
-    """None or auto: a GPU where there is one. Raises UserError for a GPU that is not there."""
-    import torch
-
-    if device is None or device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}: torch sees no GPU here. Give device=cpu.")
-    return str(device)
 
 
 def load(folder: Path, device: str | None = None, dtype: str = "float32") -> Loaded:

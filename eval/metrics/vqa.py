@@ -32,7 +32,6 @@ from eval.metrics import porter
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_LOOSE_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
 _MAX_PERIODS = 32
 """The official code hands a flag to re.sub where the count belongs, so at most 32 periods go."""
 
@@ -103,14 +102,14 @@ def normalise(text: str) -> str:
 
 @lru_cache(maxsize=200_000)
 def normalise_evalai(text: str) -> str:
-    """The EvalAI server's normalisation for TextVQA: commas and question marks go first, 's is cut off as a word, and a period
-    after a digit stays."""
+    """The EvalAI server's normalisation for TextVQA: commas and question marks go first, and 's is cut off as a word. Its
+    expression for periods means to spare those after a digit, and spares none."""
     text = clean(text.lower().replace(",", "").replace("?", "").replace("'s", " 's"))
     out = text
     for mark in _MARKS:
         if mark in text:
             out = out.replace(mark, "" if f"{mark} " in text or f" {mark}" in text else " ")
-    return strip_words(_LOOSE_PERIOD.sub("", out))
+    return strip_words(_PERIOD.sub("", out, count=_MAX_PERIODS))
 
 
 def leave_one_out(prediction: str, answers: Sequence[str]) -> float:
@@ -174,10 +173,24 @@ VARIANTS: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "vqa_official") -> float:
-    """One question's accuracy in [0, 1]. Raises UserError for an unknown variant or no answers."""
-    if variant not in VARIANTS:
-        raise UserError(f"VQA accuracy has no variant {variant!r}. Known: {', '.join(VARIANTS)}.")
+FEWEST = {"min3": 3, "gqa_exact": 1}
+"""Answers below which no prediction scores 1; of all others 4, since three must match besides the one left out."""
+
+
+def check_answers(answers: Sequence[str], variant: str) -> None:
+    """Raises UserError for answers that are no list, or too few for any prediction to be right by this variant."""
     if isinstance(answers, str) or not answers:
         raise UserError(f"VQA accuracy: answers must be a list of the annotators' strings (found {answers!r}).")
+    if len(answers) < (fewest := FEWEST.get(variant, 4)):
+        raise UserError(
+            f"VQA accuracy: by {variant} no prediction scores 1 with {len(answers)} answers ({answers!r}); it wants {fewest} or "
+            "more. Give every annotator's answer, equal ones too, or score by gqa_exact, which wants one."
+        )
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], variant: str = "vqa_official") -> float:
+    """One question's accuracy in [0, 1]. Raises UserError for an unknown variant, and as `check_answers` does."""
+    if variant not in VARIANTS:
+        raise UserError(f"VQA accuracy has no variant {variant!r}. Known: {', '.join(VARIANTS)}.")
+    check_answers(answers, variant)
     return VARIANTS[variant](prediction, answers)

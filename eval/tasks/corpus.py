@@ -20,6 +20,7 @@ from data_pipelines.reader import SplitReader
 from data_pipelines.shards import Manifest
 from eval.tasks.example import Example
 from eval.tasks.pool import TaskData
+from eval.tasks.texts import are_texts, is_text
 
 _KEYS = {
     "captioning": ("id", "image_id", "references"),
@@ -63,19 +64,27 @@ class CorpusPool:
         """id -> image id."""
         return {name: str(self._records[position]["image_id"]) for name, position in self._position.items()}
 
-    def example(self, name: str) -> Example:
-        """Raises UserError if an image is missing from the sample."""
+    def example(self, name: str, *, image: bool = True) -> Example:
+        """Raises UserError if an image is missing from the sample. `image` False: nothing is read but for episodes to bind."""
         position = self._position[name]
-        members = self._reader[position]
         record = self._records[position]
-        where = f"{members.shard}: sample {members.key} of task {self.task}"
         if self.kind == "binding":
-            return _episode(record, members, where)
+            return _episode(record, *self._members(position))
+        references = record["references"] if self.kind == "captioning" else record["answers"]
+        shown = self._image(position) if image else b""
+        return Example(name, str(record["image_id"]), shown, record.get("question"), tuple(references))
+
+    def _members(self, position: int) -> tuple[Mapping[str, bytes], str]:
+        """(the sample's members, what errors call it)"""
+        members = self._reader[position]
+        return members, f"{members.shard}: sample {members.key} of task {self.task}"
+
+    def _image(self, position: int) -> bytes:
+        members, where = self._members(position)
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if image is None:
             raise UserError(f"{where}: no image (members: {', '.join(members)}). Prepare the corpus again.")
-        references = record["references"] if self.kind == "captioning" else record["answers"]
-        return Example(name, str(record["image_id"]), image, record.get("question"), tuple(references))
+        return image
 
 
 def _record(members: Mapping[str, bytes], kind: str, where: str) -> dict[str, Any]:
@@ -86,14 +95,38 @@ def _record(members: Mapping[str, bytes], kind: str, where: str) -> dict[str, An
         raise UserError(f"{where}: no readable json member ({error}). Prepare the corpus again.") from error
     if missing:
         raise UserError(f"{where}: its json has no {', '.join(missing)}, which a {kind} task needs. Prepare the corpus again.")
-    references = record.get("references" if kind == "captioning" else "answers")
-    if kind != "binding" and (not isinstance(references, list) or not references):
-        raise UserError(f"{where}: no references to score against (found {references!r}). Prepare the corpus again.")
-    if kind == "binding" and record["answer"] not in record["names"]:
-        raise UserError(
-            f"{where}: the answer {record['answer']!r} is none of the names {record['names']}. Prepare the corpus again."
-        )
+    wrong = _wrong_names(record) if kind == "binding" else _wrong_texts(record, kind)
+    if wrong is None and not is_text(str(record["id"]) + str(record["image_id"])):
+        wrong = f"half a character in the id {record['id']!r} or the image_id {record['image_id']!r}"
+    if wrong is not None:
+        raise UserError(f"{where}: {wrong}. Prepare the corpus again.")
     return record
+
+
+def _wrong_texts(record: dict[str, Any], kind: str) -> str | None:
+    """What is wrong with the texts of a captioning or vqa sample."""
+    references = record["references" if kind == "captioning" else "answers"]
+    if not are_texts(references):
+        return f"no references to score against (found {references!r}); they must be a list of strings of whole characters"
+    if kind == "vqa" and not is_text(record["question"]):
+        return f"the question is {record['question']!r}, no string of whole characters"
+    return None
+
+
+def _wrong_names(record: dict[str, Any]) -> str | None:
+    """What is wrong with the names and members of a binding sample."""
+    names, shown = record["names"], record["demonstrations"]
+    if not are_texts(names) or len(names) != 2 or names[0] == names[1]:
+        return f"the names are {names!r}, not two different strings"
+    if record["answer"] not in names:
+        return f"the answer {record['answer']!r} is none of the names {names}"
+    if not is_text(record["query"]):
+        return f"the query is {record['query']!r}, no member's name"
+    if not isinstance(shown, list) or not all(
+        isinstance(one, dict) and is_text(one.get("image")) and is_text(one.get("name")) for one in shown
+    ):
+        return f"the demonstrations are {shown!r}, not a list of {{image, name}}"
+    return None
 
 
 def _episode(record: dict[str, Any], members: Mapping[str, bytes], where: str) -> Example:
@@ -118,6 +151,8 @@ def read_tasks(folder: Path, names: Iterable[str] | None = None) -> list[TaskDat
         raise UserError(f"tasks: corpus {manifest.corpus!r} has no {', '.join(unknown)}. It has: {known}.")
     if repeated := sorted({name for name in wanted if wanted.count(name) > 1}):
         raise UserError(f"tasks: {', '.join(repeated)} given twice. Name each task once.")
+    if not wanted and names is not None:
+        raise UserError(f"tasks=[]: names none. Name some of {', '.join(manifest.tasks) or 'none'}, or leave tasks out for all.")
     if not wanted:
         raise UserError(f"Corpus {manifest.corpus!r} ({folder}) comes with no tasks. Give another one: task_corpus=NAME.")
     tasks = []

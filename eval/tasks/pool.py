@@ -23,8 +23,8 @@ class Pool(Protocol):
     def image_ids(self) -> dict[str, str]:
         """id -> image id: the same for items that show the same image, in both pools of a task."""
 
-    def example(self, name: str) -> Example:
-        """Raises UserError if the item's image cannot be read."""
+    def example(self, name: str, *, image: bool = True) -> Example:
+        """Raises UserError if the item's image cannot be read. `image` False: it is b"", and need not be there."""
 
     def __hash__(self) -> int:
         """Pools are told apart by what they are, and keys of caches."""

@@ -42,6 +42,8 @@ def load_settings(task: str, kind: str, *, prompts: str | None = None, vqa_metri
         raise UserError(f"{path}: keys {sorted(raw)}; it must hold exactly {sorted(wanted)}, and files where it has some.")
     if prompts is not None:
         raw["prompts"] = prompts
+    if vqa_metric is not None and vqa_metric not in METRICS["vqa"]:
+        raise UserError(f"vqa_metric={vqa_metric}: no such VQA accuracy. Choose from: {', '.join(METRICS['vqa'])}.")
     if vqa_metric is not None and kind == "vqa":
         raw["metric"] = vqa_metric
     if raw["metric"] not in METRICS[kind]:

@@ -20,6 +20,8 @@ from typing import Any
 
 from configs.errors import UserError
 from data_pipelines.formats.rows import read_rows
+from eval.tasks.shards import check_shards
+from eval.tasks.texts import are_texts, is_text
 
 Row = dict[str, Any]
 ENDINGS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
@@ -41,11 +43,13 @@ class TextTask:
 def _text(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
         raise TypeError(f"{key} is {type(row[key]).__name__}, not text")
+    if not is_text(row[key]):
+        raise ValueError(f"{key} is {row[key]!r}, which holds half of a character")
     return row[key]
 
 
 def _texts(values: Any, key: str) -> list[str]:
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+    if not are_texts(values):
         raise TypeError(f"{key} is {values!r}, not a list of texts")
     return values
 
@@ -143,7 +147,8 @@ def splits_of(task: TextTask, shots: int) -> list[str]:
 
 
 def find_files(datasets: Path, names: list[str], shots: list[int]) -> dict[str, dict[str, list[Path]]]:
-    """task -> split -> its files. Raises UserError naming everything that is missing, or a split that lies there in two ways."""
+    """task -> split -> its files. Raises UserError naming everything that is missing, a shard too, or a split that lies there in
+    two ways."""
     found: dict[str, dict[str, list[Path]]] = {}
     missing = []
     for name in names:
@@ -158,6 +163,7 @@ def find_files(datasets: Path, names: list[str], shots: list[int]) -> dict[str, 
                 )
             if ways:
                 found[name][split] = next(iter(ways.values()))
+                check_shards(found[name][split], name, split)
             else:
                 missing.append(f"\n  {folder / split}.jsonl (or .json, .parquet, {split}-*.parquet)")
     if missing:
@@ -186,13 +192,15 @@ def read_split(task: TextTask, files: list[Path]) -> list[Row]:
     not as it should be."""
     rows = []
     for path in files:
-        labels = _labels(path) if task.convert is piqa else None
+        labels, number = _labels(path) if task.convert is piqa else None, -1
         for number, (place, row) in enumerate(_rows(path)):
             if isinstance(row, UserError):
                 raise row
             if labels is not None and "label" not in row:
                 if number >= len(labels):
-                    raise UserError(f"{_labels_of(path)}: {len(labels)} labels, fewer than rows in {path.name}.")
+                    raise UserError(
+                        f"{_labels_of(path)}: {len(labels)} labels, fewer than rows in {path.name}. Bring both files."
+                    )
                 row["label"] = labels[number]
             try:
                 rows.append(task.convert(row))
@@ -200,6 +208,11 @@ def read_split(task: TextTask, files: list[Path]) -> list[Row]:
                 raise UserError(f"{path}:{place}: no {error} ({task.lm_eval}); it has {', '.join(map(str, row))}.") from error
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path}:{place}: {error} ({task.lm_eval}). Correct the row, or take it out.") from error
+        if labels is not None and len(labels) > number + 1:
+            raise UserError(
+                f"{_labels_of(path)}: {len(labels)} labels, more than the {number + 1} rows of {path.name}. Bring the two files "
+                "of one split."
+            )
     if not rows:
         raise UserError(f"{files[0]}: holds no rows.")
     return rows
@@ -208,9 +221,11 @@ def read_split(task: TextTask, files: list[Path]) -> list[Row]:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row): of a JSON array, of an object that holds one under Data (TriviaQA), or one a line."""
     if path.suffix == ".json":
-        text = path.read_text(encoding="utf-8-sig").lstrip()
+        text = _read(path, "utf-8-sig").lstrip()
         try:
             whole = json.loads(text)
+        except RecursionError as error:
+            raise UserError(f"{path}: no JSON ({error}). Bring the file again.") from error
         except json.JSONDecodeError as error:
             if not text.startswith("{") or error.msg != "Extra data":
                 raise UserError(f"{path}: no JSON ({error}).") from error
@@ -233,4 +248,11 @@ def _labels_of(path: Path) -> Path:
 
 def _labels(path: Path) -> list[str] | None:
     labels = _labels_of(path)
-    return labels.read_text(encoding="utf-8").split() if labels.is_file() else None
+    return _read(labels, "utf-8").split() if labels.is_file() else None
+
+
+def _read(path: Path, encoding: str) -> str:
+    try:
+        return path.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no UTF-8 ({error}). Write the file again in that encoding.") from error

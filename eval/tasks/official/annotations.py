@@ -10,7 +10,7 @@ import gc
 import json
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
@@ -18,16 +18,17 @@ from typing import Any
 
 from configs.errors import UserError
 
-Hook = Callable[[dict[str, Any]], Any]
+Hook = Callable[[Any], Any]
 
 
-def load(path: Path, hook: Hook | None = None) -> Any:
-    """The content of a JSON file. Raises UserError if it cannot be read or is damaged."""
+def load(path: Path, hook: Hook | None = None, *, pairs: bool = False) -> Any:
+    """The content of a JSON file. `pairs`: `hook` is given an object's (key, value) pairs, equal keys among them. Raises
+    UserError if it cannot be read or is damaged, or if `hook` raises ValueError."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             text = str(content, "utf-8")  # type: ignore[call-overload]  # straight from the page cache: one copy, not two
-        return json.loads(text, object_hook=hook)
-    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        return json.loads(text, object_pairs_hook=hook) if pairs else json.loads(text, object_hook=hook)
+    except (OSError, ValueError, RecursionError) as error:  # an empty file cannot be mapped; brackets may nest without an end
         raise UserError(f"{path}: no readable JSON ({error}). Bring the file again.") from error
 
 
@@ -68,7 +69,9 @@ def entries(content: Any, path: Path, key: str | None, shape: str) -> list[Any]:
 
 def columns(found: list[Any], path: Path, key: str, *wanted: str) -> list[Any]:
     """The values of the `wanted` keys of each entry: a list of tuples, or of values for one key. Raises UserError naming the
-    first entry without one."""
+    first entry without one, or if `found` is no list."""
+    if not isinstance(found, list):
+        raise UserError(f"{path}: {key} is {str(found)[:200]}, not a list. Bring the official file again.")
     try:
         return list(map(itemgetter(*wanted), found))
     except (KeyError, TypeError, IndexError):
@@ -80,3 +83,13 @@ def columns(found: list[Any], path: Path, key: str, *wanted: str) -> list[Any]:
                     "again, or give the file of a split with public annotations."
                 ) from None
         raise
+
+
+def check_ids(values: Iterable[Any], path: Path, key: str, name: str) -> None:
+    """Raises UserError naming the first entry of `key` whose `name` is neither a number nor a string: nothing has such an id."""
+    for position, value in enumerate(values):
+        if not isinstance(value, int | float | str):
+            raise UserError(
+                f"{path}: {key}[{position}] has the {name} {value!r}, neither a number nor a string. Bring the official file "
+                "again."
+            )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from configs.errors import UserError
-from eval.tasks.official.annotations import columns, entries, load
+from eval.tasks.official.annotations import check_ids, columns, entries, load
 from eval.tasks.official.records import FolderImages, Records, Side
 
 
@@ -21,12 +21,14 @@ def captions(side: Side, *, annotations: str, images: str) -> Records:
     content = load(path)
     shape = "COCO captions"
     listed = columns(entries(content, path, "images", shape), path, "images", "id", "file_name")
+    check_ids((number for number, _ in listed), path, "images", "id")
     by_image: dict[object, list[str]] = {number: [] for number, _ in listed}
     if len(by_image) < len(listed):
         numbers = [number for number, _ in listed]
         twice = next(number for number in numbers if numbers.count(number) > 1)
         raise UserError(f"{path}: images: the id {twice!r} is there {numbers.count(twice)} times. Bring the official file again.")
     said = columns(entries(content, path, "annotations", shape), path, "annotations", "image_id", "caption")
+    check_ids((number for number, _ in said), path, "annotations", "image_id")
     for position, (number, caption) in enumerate(said):
         if number not in by_image:
             raise UserError(
@@ -47,7 +49,7 @@ def karpathy(side: Side, *, annotations: str, images: str, splits: Sequence[str]
     path = side.file("annotations", annotations)
     listed = entries(load(path), path, "images", "Karpathy's splits")
     wanted = ("split", "filename", "filepath", "sentences")
-    chosen = [entry for entry in columns(listed, path, "images", *wanted) if entry[0] in set(splits)]
+    chosen = [entry for entry in columns(listed, path, "images", *wanted) if entry[0] in splits]
     if not chosen:
         there = sorted({str(entry["split"]) for entry in listed})
         raise UserError(f"{path}: no image of split {', '.join(splits)}; there are {', '.join(there) or 'none'}.")

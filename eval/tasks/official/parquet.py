@@ -12,7 +12,6 @@ hub's have about a hundred rows), and only when they are asked for.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -21,9 +20,9 @@ from typing import Any
 
 from configs.errors import UserError
 from eval.tasks.official.records import Records, Side
+from eval.tasks.shards import check_shards
 
 _LAYOUTS = ("data/{}-*.parquet", "{}-*.parquet", "default/{}/*.parquet", "{}/*.parquet")
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 _TEXTS = ("answer", "raw", "caption")
 """Which field of a struct is its text."""
 
@@ -92,15 +91,7 @@ def _complete(side: Side, folder: str, splits: Sequence[str]) -> list[Path]:
             f"{', '.join(layout.format(splits[0]) for layout in _LAYOUTS)}. Clone the dataset's repository there "
             f"(docs/datasets.md), or say where it is: +files.{side.task}.{side.name}.parquet.folder=PATH."
         )
-    shards = [match for match in map(_SHARD.search, (path.name for path in files)) if match]
-    if shards:
-        lacking = sorted(set(range(int(shards[0][2]))) - {int(match[1]) for match in shards})
-        if lacking:
-            raise UserError(
-                f"Task {side.task}: {files[0].parent} lacks {len(lacking)} of {shards[0][2].lstrip('0')} shards of "
-                f"{files[0].name.split('-')[0]}, the first of them number {lacking[0]:05d}. Bring the rest: a part of a split is "
-                "another split."
-            )
+    check_shards(files, side.task, next(split for split in splits if find(side.root, folder, [split])))
     return files
 
 
@@ -134,6 +125,13 @@ class _Table:
                 f"{self.files[0]}: no column for the {key}: looked for {', '.join(names)}; it has {', '.join(self.names)}. "
                 f"Name it: +files.{self.side.task}.{self.side.name}.parquet.{key}=[NAME]."
             )
+        for path, file in zip(self.files, self.opened, strict=True):
+            if chosen not in file.schema_arrow.names:
+                has = ", ".join(file.schema_arrow.names)
+                raise UserError(
+                    f"{path}: no column {chosen}, which {self.files[0].name} has for the {key}; it has {has}. Bring the files of "
+                    "one split and one version."
+                )
         parts = [
             _guarded(path, lambda file=file: file.read(columns=[chosen]).column(0))
             for path, file in zip(self.files, self.opened, strict=True)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from configs.errors import UserError
 from eval.tasks.example import Example
+from eval.tasks.texts import are_texts, is_text
 
 
 class Images(Protocol):
@@ -29,7 +30,8 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files: `names` relative to `folder`, one for each item."""
+    """Image files: `names` relative to `folder`, one for each item. They may be links to anywhere; the names themselves, which
+    annotations give, never lead out of the folder (Records refuses such)."""
 
     folder: Path
     names: Sequence[str]
@@ -101,10 +103,20 @@ class Records:
     images: Images
     references_source: Path | None = None
 
+    def __post_init__(self) -> None:
+        """Raises UserError for an image name that is no path within its folder."""
+        if isinstance(self.images, FolderImages):
+            for position, name in enumerate(self.images.names):
+                if not is_text(name) or name.startswith("/") or ".." in name.split("/"):
+                    raise UserError(
+                        f"{self.source}: item {self.ids[position]!r} has the image file {name!r}. It must be a path within the "
+                        f"image folder {self.images.folder}, without ..; bring the official file again."
+                    )
+
 
 class OfficialPool:
-    """A Pool over Records. Raises UserError for ids that are there twice, items without references, and a split without
-    items."""
+    """A Pool over Records. Raises UserError for ids that are there twice, items without references, ids, questions or
+    references that are no texts, and a split without items."""
 
     def __init__(self, side: Side, records: Records) -> None:
         self.side, self.place, self._records = side, f"{side.task}/{side.name}", records
@@ -118,11 +130,18 @@ class OfficialPool:
             raise UserError(
                 f"{where}: the id {first!r} is there {times} times. Ids must be unique; bring the official file again."
             )
+        for key, column in (("id", records.ids), ("image id", records.image_ids), ("question", records.questions or [])):
+            for position, value in enumerate(column):
+                if not is_text(value):
+                    raise UserError(
+                        f"{where}: item {records.ids[position]!r} has the {key} {value!r}; it must be a string of whole "
+                        "characters. Correct it, or bring the official file again."
+                    )
         for name, references in zip(records.ids, records.references, strict=True):
-            if not references or not all(isinstance(reference, str) for reference in references):
+            if not are_texts(references):
                 raise UserError(
                     f"Task {side.task}, {records.references_source or records.source}: item {name!r} has the references "
-                    f"{references!r}; it must have at least one, all of them strings. "
+                    f"{references!r}; it must have a list of at least one, all of them strings of whole characters. "
                     "Splits whose answers are not public cannot be scored here: give one that has them."
                 )
 
@@ -138,12 +157,13 @@ class OfficialPool:
     def image_ids(self) -> dict[str, str]:
         return self._image_ids
 
-    def example(self, name: str) -> Example:
+    def example(self, name: str, *, image: bool = True) -> Example:
         position = self._position[name]
         records = self._records
         question = None if records.questions is None else records.questions[position]
         references = tuple(records.references[position])
-        return Example(name, records.image_ids[position], records.images.read(position), question, references)
+        shown = records.images.read(position) if image else b""
+        return Example(name, records.image_ids[position], shown, question, references)
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Where the absent images of these items should be."""

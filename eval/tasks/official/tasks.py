@@ -26,6 +26,7 @@ from eval.tasks.official import parquet
 from eval.tasks.official.annotations import without_garbage_collection
 from eval.tasks.official.records import OfficialPool, Records, Side
 from eval.tasks.pool import TaskData
+from eval.tasks.texts import are_texts
 
 KINDS = ("captioning", "vqa")
 FORMATS = ("auto", "json", "parquet")
@@ -118,7 +119,8 @@ def _call(reader: Any, side: Side, settings: dict[str, Any], kind: str) -> Recor
 
 
 def merged(base: Mapping[str, Any], override: Any, where: str) -> dict[str, Any]:
-    """`base` with parts replaced. Raises UserError for a key that `base` does not have: an override never adds one."""
+    """`base` with parts replaced. Raises UserError for a key that `base` does not have (an override never adds one), or a value
+    of another type."""
     if not isinstance(override, Mapping):
         raise UserError(f"{where}={override}: replaces a whole section. Name one of its keys: {', '.join(base)}.")
     result = dict(base)
@@ -128,8 +130,12 @@ def merged(base: Mapping[str, Any], override: Any, where: str) -> dict[str, Any]
         old = base[key]
         if isinstance(old, dict) and not (key == "support" and value == "query"):
             result[key] = merged(old, value, f"{where}.{key}")
-        else:
-            result[key] = [value] if isinstance(old, list) and isinstance(value, str) else value
+            continue
+        result[key] = [value] if isinstance(old, list) and isinstance(value, str) else value
+        if isinstance(old, str) and not isinstance(value, str):
+            raise UserError(f"{where}.{key}={value}: give a text, such as {old}.")
+        if isinstance(old, list) and not are_texts(result[key]):
+            raise UserError(f"{where}.{key}={value}: give one or more names, such as [{','.join(map(str, old))}].")
     return result
 
 

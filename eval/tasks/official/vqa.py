@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.errors import UserError
-from eval.tasks.official.annotations import columns, entries, keep_text, load
+from eval.tasks.official.annotations import check_ids, columns, entries, keep_text, load
 from eval.tasks.official.records import FolderImages, Records, Side
 
 
@@ -30,9 +30,12 @@ def questions_and_annotations(
     answers_path, path = side.file("annotations", annotations), side.file("questions", questions)
     asked = entries(load(path), path, "questions", "VQA questions")
     rows = columns(asked, path, "questions", "question_id", "image_id", "question")
+    check_ids((number for number, _, _ in rows), path, "questions", "question_id")
     answered = entries(load(answers_path, keep_text(answer_key)), answers_path, "annotations", "VQA annotations")
     by_question: dict[Any, tuple[Any, Any]] = {}
-    for number, image, said in columns(answered, answers_path, "annotations", "question_id", "image_id", "answers"):
+    given = columns(answered, answers_path, "annotations", "question_id", "image_id", "answers")
+    check_ids((number for number, _, _ in given), answers_path, "annotations", "question_id")
+    for number, image, said in given:
         if number in by_question:
             raise UserError(f"{answers_path}: question_id {number} is annotated twice. Bring the official file again.")
         by_question[number] = (image, said)
@@ -57,8 +60,9 @@ def questions_and_annotations(
 
 
 def gqa(side: Side, *, annotations: str, images: str, image_file: str) -> Records:
+    """Raises UserError for a question without image, question or answer, or whose id is there twice."""
     path = side.file("annotations", annotations)
-    found = load(path, _gqa_question)
+    found = load(path, _gqa_question, pairs=True)
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path}: holds no questions by id; GQA's files do. Is it the official file of this task?")
     wrong = next(((number, row) for number, row in found.items() if type(row) is not tuple), None)
@@ -73,8 +77,13 @@ def gqa(side: Side, *, annotations: str, images: str, image_file: str) -> Record
     return Records(path, list(found), names, questions, references, FolderImages(side.folder("images", images), names))
 
 
-def _gqa_question(found: dict[str, Any]) -> Any:
-    """A question's three strings as a tuple: its parse, most of a file of a gigabyte, is let go as it is read."""
+def _gqa_question(pairs: list[tuple[str, Any]]) -> Any:
+    """A question's three strings as a tuple: its parse, most of a file of a gigabyte, is let go as it is read. As a dict, the
+    later of two questions of one id would replace the other in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     try:
         return found["imageId"], found["question"], found["answer"]
     except KeyError:
