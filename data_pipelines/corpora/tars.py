@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from data_pipelines.corpora.building import CorpusBuilder
+from data_pipelines.corpora.building import CorpusBuilder, refuse_inputs_inside
 from data_pipelines.corpora.config import OwnConfig, TarsConfig
 from data_pipelines.corpora.detection import checked, detect
 from data_pipelines.corpora.quarantine import Quarantine
@@ -50,6 +50,7 @@ def prepare(config: TarsConfig, folder: Path) -> Manifest:
     only beyond config.max_faults.
     """
     shards = {source: expand(source, patterns) for source, patterns in config.patterns().items()}
+    refuse_inputs_inside(folder, inputs(config, shards))
     given = given_tokenizer(config)
     with CorpusBuilder(folder) as builder:
         return _prepare(config, shards, given, builder)
@@ -101,6 +102,13 @@ def expand(source: str, patterns: Sequence[str]) -> list[str]:
                 raise UserError(f"{where}: {name} is named twice (first as {found[real]}). Each shard may be in a corpus once.")
             found[real] = name
     return list(found.values())
+
+
+def inputs(config: OwnConfig, files: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(key, path or URL) of all that the corpus is made from: the files of each source, and the tokenizer given."""
+    yield from ((f"corpus.{source}", name) for source, names in files.items() for name in names)
+    if config.tokenizer is not None:
+        yield "corpus.tokenizer", config.tokenizer
 
 
 def held_out(source: str, sizes: Sequence[int], share: float, seed: int) -> set[int]:
