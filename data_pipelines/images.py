@@ -25,10 +25,15 @@ from data_pipelines.resize import resize_into
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Pillow's names of what shards may hold; MPO is read as JPEG. Pillow would also hand EPS to Ghostscript, a program that runs."""
 MAX_PIXELS = 64_000_000
 """Refused before decoding: a decompression bomb, not a picture."""
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+NOT_DAMAGE = (UserError, MemoryError, ImportError)
+"""What decoding may raise that says nothing of the bytes, or says it already."""
 HARMLESS = ("extraneous bytes", "Invalid SOS parameters")
 """Complaints of libjpeg after which every pixel is still there."""
 
@@ -74,17 +79,60 @@ class SquareDecoder:
 
 def decode_rgb(data: bytes, name: str = "image") -> np.ndarray:
     """Encoded image -> uint8 (height, width, 3) on white. Raises UserError as decode_image does."""
-    from PIL.Image import DecompressionBombError
-
     try:
         return _decode_jpeg(data, name) if data.startswith(JPEG_START) else _decode_with_pillow(data, name)
-    except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:  # Pillow's UnidentifiedImageError is an OSError
+    except NOT_DAMAGE:
+        raise
+    except Exception as error:  # on damaged bytes decoders raise what they please: OSError, RuntimeError, struct.error ...
         raise UserError(f"{name}: not a whole, decodable image ({reason(error)}).") from error
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The picture, of one of FORMATS, its header read and no pixel yet. Raises what Pillow raises; ValueError as check_range."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    check_range(picture)
+    return picture
+
+
+def check_range(picture: Image.Image) -> None:
+    """Raises ValueError for 32-bit and float grey: nothing in the file says which value is white, and Pillow clips at 255."""
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{'float' if picture.mode == 'F' else '32-bit'} grey levels, whose range the file does not tell")
+
+
+def rgb_on_white(picture: Image.Image) -> Image.Image:
+    """RGB of a picture of any mode, white where it is transparent. Raises ValueError as check_range does."""
+    from PIL import Image
+
+    check_range(picture)
+    if picture.mode.startswith("I;16"):
+        picture = _upper_bits(picture)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        coloured = picture.convert("RGBA")
+        rgb = Image.new("RGB", coloured.size, "white")
+        rgb.paste(coloured, mask=coloured.getchannel("A"))
+        return rgb
+    return picture.convert("RGB")
+
+
+def _upper_bits(picture: Image.Image) -> Image.Image:
+    """8-bit grey of 16-bit grey, or of a TIFF's 12, where Pillow would clip at 255; white where it has the transparent level."""
+    from PIL import Image
+
+    levels = np.asarray(picture)
+    (bits,) = getattr(picture, "tag_v2", {}).get(258, (16,))  # BitsPerSample
+    grey = (levels >> (bits - 8)).astype(np.uint8)
+    if (transparent := picture.info.get("transparency")) is not None:
+        grey[levels == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def reason(error: Exception) -> str:
     """Pillow's words, without the address in memory that it puts into them: the same damage has the same reason everywhere."""
-    return re.sub(r"identify image file <.*>", "identify its format", str(error))
+    words = re.sub(r"identify image file <.*>", f"identify its format as one of {', '.join(FORMATS)}", str(error))
+    return words or type(error).__name__
 
 
 def _decode_jpeg(data: bytes, name: str) -> np.ndarray:
@@ -108,17 +156,9 @@ def _decode_jpeg(data: bytes, name: str) -> np.ndarray:
 
 
 def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
+    with open_picture(data) as picture:
         _check_pixels(picture.width, picture.height, name)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            coloured = picture.convert("RGBA")
-            rgb = Image.new("RGB", coloured.size, "white")
-            rgb.paste(coloured, mask=coloured.getchannel("A"))
-        else:
-            rgb = picture.convert("RGB")
-        return np.array(rgb)
+        return np.array(rgb_on_white(picture))
 
 
 def _check_pixels(width: int, height: int, name: str) -> None:

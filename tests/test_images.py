@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 
@@ -11,6 +12,9 @@ import pytest
 from PIL import Image
 
 from configs.errors import UserError
+from data_pipelines.document import Origin
+from data_pipelines.formats import mint1t
+from data_pipelines.formats.pictures import PictureError, header
 from data_pipelines.images import decode_image, decode_rgb
 
 
@@ -53,6 +57,66 @@ def test_other_modes_become_rgb(mode: str) -> None:
     data = encoded(image, "JPEG", quality=95) if mode == "CMYK" else encoded(image, "PNG")
     difference = np.abs(decode_rgb(data).astype(int) - np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int))
     assert difference.max() <= 2
+
+
+LEVELS = np.array([[0, 255, 256, 0x8000], [0x80FF, 0xFF00, 0xFFFE, 0xFFFF]], np.uint16)
+DEEP = {
+    "png": encoded(Image.fromarray(LEVELS), "PNG"),
+    "tiff": encoded(Image.fromarray(LEVELS), "TIFF"),
+    "big-endian tiff": encoded(Image.frombytes("I;16B", (4, 2), LEVELS.astype(">u2").tobytes()), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_of_sixteen_bits_the_upper_eight_are_kept(name: str) -> None:
+    assert np.array_equal(decode_rgb(DEEP[name]), np.repeat((LEVELS >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+def test_a_tiff_of_twelve_bits_has_its_own_white() -> None:
+    packed = bytes([0x00, 0x00, 0x10, 0x80, 0x0F, 0xFF])  # 0, 16, 2048, 4095
+    tags = [
+        (256, 3, 4),
+        (257, 3, 1),
+        (258, 3, 12),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 122),
+        (277, 3, 1),
+        (278, 3, 1),
+        (279, 4, 6),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    assert decode_rgb(data.ljust(122, b"\0") + packed)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white_alone() -> None:
+    data = encoded(Image.fromarray(LEVELS), "PNG", transparency=0x8000)
+    assert decode_rgb(data)[..., 0].tolist() == [[0, 0, 1, 255], [128, 255, 255, 255]]
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(np.int32, "32-bit grey levels"), (np.float32, "float grey levels")])
+def test_grey_levels_without_a_range_are_refused(dtype: type, said: str) -> None:
+    data = encoded(Image.fromarray(LEVELS.astype(dtype)), "TIFF")
+    with pytest.raises(UserError, match=f"item 7: .*{said}"):
+        decode_rgb(data, "item 7")
+    with pytest.raises(PictureError, match=said):
+        header(data)
+
+
+def test_frames_of_a_tiff_keep_their_levels() -> None:
+    def page(*frames: Image.Image) -> dict[str, bytes]:
+        described = {"images": [f"image {i}" for i in range(len(frames))], "texts": [None] * len(frames)}
+        return {
+            "json": json.dumps(described).encode(),
+            "tiff": encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
+        }
+
+    origin = Origin("interleaved", "shard", "key")
+    (_, deep) = mint1t.read(page(picture(), Image.fromarray(LEVELS)), origin).images
+    assert np.array_equal(decode_rgb(deep.data), decode_rgb(DEEP["tiff"]))
+    with pytest.raises(UserError, match=r"frame 1 of the tiff cannot be decoded .float grey levels"):
+        mint1t.read(page(picture(), Image.fromarray(LEVELS.astype(np.float32))), origin)
 
 
 def test_transparent_pixels_are_white() -> None:
@@ -98,6 +162,48 @@ PNG, WEBP = encoded(picture(), "PNG"), encoded(picture(), "WEBP")
 def test_what_is_no_picture_is_named(data: bytes) -> None:
     with pytest.raises(UserError, match="caption 3"):
         decode_image(data, 32, name="caption 3")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("data", [EPS, encoded(picture(), "PPM"), encoded(picture(), "TGA"), encoded(picture(), "DDS")])
+def test_formats_that_shards_do_not_hold_are_not_even_opened(data: bytes) -> None:
+    """The header of an EPS opens; decoding it starts Ghostscript on the shard's bytes."""
+    with pytest.raises(PictureError, match="identify its format as one of JPEG, PNG"):
+        header(data)
+    with pytest.raises(UserError, match="identify its format as one of JPEG, PNG"):
+        decode_rgb(data)
+
+
+def test_further_pictures_of_a_file_do_no_harm() -> None:
+    """MPO (cameras), GIF and TIFF hold several; the first counts."""
+    for format in ("MPO", "GIF", "TIFF"):
+        data = encoded(picture(), format, save_all=True, append_images=[picture().rotate(180)])
+        assert header(data) == (format, 64, 48)
+        assert np.array_equal(decode_rgb(data), decode_rgb(encoded(picture(), "JPEG" if format == "MPO" else format)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, IndexError, struct.error])
+def test_whatever_a_decoder_raises_is_a_fault_of_the_picture(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise error("the decoder's words")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(UserError, match=r"item 7: not a whole.*the decoder's words"):
+        decode_rgb(PNG, "item 7")
+    with pytest.raises(PictureError, match="the decoder's words"):
+        header(PNG)
+
+
+def test_too_little_memory_is_no_fault_of_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", starved)
+    for read in (decode_rgb, header):
+        with pytest.raises(MemoryError):
+            read(PNG)
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
