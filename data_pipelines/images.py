@@ -8,14 +8,16 @@ tower's mean and deviation on its own device: a quarter of the bytes of float32,
 
 JPEG is decoded by libjpeg-turbo and resized with the bits of torch's uint8 kernel (resize.py), at most one grey level from
 Pillow's and several times as fast (`python -m benchmarks.data`). Decoding is strict: Pillow hands over the grey or garbled rest
-of a damaged JPEG as if nothing were wrong. Of libjpeg's complaints only those about perfect pictures are forgiven: a missing end
-marker, stray bytes between segments.
+of a damaged JPEG as if nothing were wrong. Of libjpeg's complaints only those about perfect pictures are forgiven, by mending the
+file and decoding it strictly again: a missing end marker, filling (0x00, 0xFF) before a marker, scan parameters that say nothing
+in a sequential JPEG. Other stray bytes may be the rest of a scan that was read wrongly, and are not forgiven.
 """
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,10 +34,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 """Refused before decoding: a decompression bomb, not a picture."""
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+MARKER = re.compile(rb"\xff+([^\x00\xff])")
+SCAN, WHOLE_SCAN, RESTARTS = 0xDA, b"\x00\x3f\x00", range(0xD0, 0xD8)
+"""Of a JPEG: the marker before a scan, the parameters of one that codes all there is, the markers inside that have no segment."""
 NOT_DAMAGE = (UserError, MemoryError, ImportError)
 """What decoding may raise that says nothing of the bytes, or says it already."""
-HARMLESS = ("extraneous bytes", "Invalid SOS parameters")
-"""Complaints of libjpeg after which every pixel is still there."""
+STRAY = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
+"""libjpeg's complaint about bytes between segments, or after the coded pixels: how many, and the marker after them."""
+MOST_MENDED = 8
+"""Complaints about one JPEG that are looked into; each costs decoding it again."""
 
 
 def decode_image(data: bytes, size: int, *, name: str = "image") -> torch.Tensor:
@@ -136,23 +143,56 @@ def reason(error: Exception) -> str:
 
 
 def _decode_jpeg(data: bytes, name: str) -> np.ndarray:
+    for _ in range(MOST_MENDED):
+        try:
+            return _decode_whole_jpeg(data, name)
+        except ValueError as error:
+            if (mended := _mended(data, str(error))) is None:
+                raise
+            data = mended
+    return _decode_whole_jpeg(data, name)
+
+
+def _decode_whole_jpeg(data: bytes, name: str) -> np.ndarray:
+    """Raises ValueError with libjpeg's first complaint, be it only a warning."""
     from simplejpeg import decode_jpeg, decode_jpeg_header
 
     height, width, colours, _ = decode_jpeg_header(data)
     _check_pixels(width, height, name)
     own = colours in ("CMYK", "YCCK")  # printing inks: only Pillow turns them into RGB, libjpeg still says whether they are whole
-    space = "CMYK" if own else "RGB"
-    try:
-        pixels = decode_jpeg(data, space)
-    except ValueError as error:
-        if "Premature end of JPEG file" in str(error):
-            data += JPEG_END
-            pixels = decode_jpeg(data, space)  # raises if more is missing than the end marker
-        elif any(complaint in str(error) for complaint in HARMLESS):
-            pixels = decode_jpeg(data, space, strict=False)
-        else:
-            raise
+    pixels = decode_jpeg(data, "CMYK" if own else "RGB")
     return _decode_with_pillow(data, name) if own else pixels
+
+
+def _mended(data: bytes, complaint: str) -> bytes | None:
+    """The JPEG without what libjpeg complains about, where no pixel depends on it; else None."""
+    if "Premature end of JPEG file" in complaint:
+        return None if data.endswith(JPEG_END) else data + JPEG_END
+    if found := STRAY.search(complaint):
+        count, marker = int(found[1]), int(found[2], 16)
+        for place, _, kind in _markers(data):
+            if kind == marker and count <= place - 2 and not data[place - count : place].strip(b"\x00\xff"):
+                return data[: place - count] + data[place:]
+    if "Invalid SOS parameters" in complaint:
+        mended = bytearray(data)
+        for _, start, kind in _markers(data):
+            if kind == SCAN:
+                end = start + int.from_bytes(data[start : start + 2], "big")
+                mended[end - 3 : end] = WHOLE_SCAN
+        return None if mended == data else bytes(mended)
+    return None
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(start with padding, end, second byte) of every marker outside of segments, from the second to the end marker."""
+    at = 2
+    while found := MARKER.search(data, at):
+        at, kind = found.end(), found[1][0]
+        yield found.start(), at, kind
+        if kind == JPEG_END[1]:
+            return
+        if kind not in RESTARTS:
+            at += int.from_bytes(data[at : at + 2], "big")
 
 
 def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:

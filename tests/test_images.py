@@ -6,9 +6,11 @@ import io
 import json
 import struct
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from configs.errors import UserError
@@ -135,6 +137,57 @@ def test_perfect_pictures_in_untidy_files_survive(tail: bytes, progressive: bool
     whole = decode_rgb(data)
     assert np.array_equal(decode_rgb(data + tail), whole)
     assert np.array_equal(decode_rgb(data[:-2]), whole)  # lacks only its end marker
+
+
+@pytest.mark.parametrize("filling", [b"\0", b"\xff", b"\0" * 9, b"\xff\xff\0\xff\0", b"\0\xff\xff"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_filling_before_any_marker_is_forgiven(filling: bytes, progressive: bool, mode: str) -> None:
+    data = encoded(picture(mode=mode), "JPEG", quality=90, progressive=progressive)
+    whole = decode_rgb(data)
+    places = [
+        data.index(marker) for marker in (b"\xff\xdb", b"\xff\xc2" if progressive else b"\xff\xc0", b"\xff\xc4", b"\xff\xda")
+    ]
+    for place in (*places, len(data) - 2):
+        assert np.array_equal(decode_rgb(data[:place] + filling + data[place:]), whole)
+    for place in reversed((*places, len(data) - 2)):  # all at once
+        data = data[:place] + filling + data[place:]
+    assert np.array_equal(decode_rgb(data[:-2]), whole)  # and no end marker
+
+
+@pytest.mark.parametrize("stray", [b"\1", b"\0\0x", b"x\0"])
+def test_other_stray_bytes_between_segments_are_refused(stray: bytes) -> None:
+    for place in (JPEG.index(marker) for marker in (b"\xff\xc0", b"\xff\xc4", b"\xff\xda")):
+        with pytest.raises(UserError, match="extraneous bytes"):
+            decode_rgb(JPEG[:place] + stray + JPEG[place:])
+
+
+def test_odd_scan_parameters_are_forgiven_and_hide_nothing() -> None:
+    """libjpeg names its first complaint alone."""
+    scan = JPEG.index(b"\xff\xda")
+    end = scan + 2 + int.from_bytes(JPEG[scan + 2 : scan + 4], "big")
+    odd = JPEG[: end - 3] + b"\1\2\3" + JPEG[end:]
+    assert np.array_equal(decode_rgb(odd), decode_rgb(JPEG))
+    with pytest.raises(UserError, match="extraneous bytes"):
+        decode_rgb(odd[:-2] + b"stray" + odd[-2:])
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_flipped_bit_that_libjpeg_notices_is_refused(progressive: bool) -> None:
+    """Most flips lose the place in the Huffman code: pixels shift, and bytes are left over at the end of the scan."""
+    data = encoded(picture(128, 128), "JPEG", quality=90, progressive=progressive)
+    whole, start, noticed = decode_rgb(data), data.index(b"\xff\xda") + 14, 0
+    rng = np.random.default_rng(0)
+    for place, bit in zip(rng.integers(start, len(data) - 2, 300), rng.integers(0, 8, 300), strict=True):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << bit
+        try:
+            simplejpeg.decode_jpeg(bytes(flipped), "RGB")
+        except ValueError:
+            noticed += 1
+            with suppress(UserError):
+                assert np.array_equal(decode_rgb(bytes(flipped)), whole)
+    assert noticed > 30
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
