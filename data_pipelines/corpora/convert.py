@@ -211,7 +211,7 @@ class _Conversion:
                     data, extension = self.keep(part.data)
                 except PictureError as error:
                     raise UserError(f"{document.origin}: {part.name} {error}. Mend it, or take the sample out.") from error
-                name = extension if source == "captions" else f"{len(members):03d}.{extension}"
+                name = extension if FORMATS[source] == "img2dataset" else f"{len(members):03d}.{extension}"
                 members[name] = data
                 images.append(name)
             else:
