@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import os
 import shutil
 import time
 from collections import Counter
@@ -106,7 +107,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
         if isinstance(corpus, OwnConfig):
             from data_pipelines.corpora.tars import next_step
 
-            print(next_step(manifest))
+            print(next_step(manifest, str(folder) if os.sep in corpus.name else corpus.name))
     return folder
 
 
