@@ -22,6 +22,8 @@ from configs.errors import UserError
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.corpora import tars
 from data_pipelines.corpora.config import TarsConfig
+from data_pipelines.document import Origin
+from data_pipelines.formats import read_document
 from data_pipelines.lanes import LaneStream
 from data_pipelines.prepare import PrepareConfig, ensure_corpus, prepare, refuse_repetition
 from data_pipelines.reader import read_all
@@ -154,6 +156,24 @@ def test_how_many_shards_are_held_out(shards: int, share: float, count: int) -> 
 def test_a_shard_that_holds_nearly_everything_is_not_held_out(seed: int) -> None:
     assert tars.held_out("captions", [900, 10], 0.01, seed) == {1}
     assert 2 not in tars.held_out("captions", [10, 11, 900, 9], 0.5, seed)
+
+
+def test_extensions_count_in_any_case_as_in_webdataset(tmp_path: Path) -> None:
+    """Pages name their pictures as the files are called."""
+    pages = [
+        {"JSON": page(i)["json"].replace("a.png", "A.PNG"), "A.PNG": picture(i), "b.png": picture(i + 100)} for i in range(3)
+    ]
+    shards = {
+        "captions": write(tmp_path / "c.tar", [{"JPG": picture(i), "Txt": f"picture {i}"} for i in range(3)]),
+        "interleaved": write(tmp_path / "p.tar", pages),
+    }
+    folder = prepare(TarsConfig(name="mine", vocab_size=300, **{source: str(path) for source, path in shards.items()}))
+    for source, format in (("captions", "img2dataset"), ("interleaved", "energon")):
+        theirs = list(webdataset.WebDataset(str(shards[source]), shardshuffle=False))
+        for number, members in enumerate(read_all(folder, source, "train")):
+            assert dict(members) == {name: value for name, value in theirs[number].items() if not name.startswith("__")}
+            document = read_document(format, members, Origin(source, members.shard, members.key))
+            assert number_of(document.images[0].data) == number
 
 
 def test_a_held_out_shard_without_a_good_sample_makes_no_val_split(
