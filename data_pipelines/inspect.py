@@ -18,6 +18,7 @@ from configs.errors import UserError
 from data_pipelines.stream import StreamSettings, open_stream
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
 
     from data_pipelines.views import Tally, View
@@ -90,6 +91,7 @@ def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
     stream, tokenizer = open_stream(config)
     from data_pipelines.images import SquareDecoder
     from data_pipelines.loader import PackedLoader, as_images
+    from data_pipelines.reader import ShardError
     from data_pipelines.views import Tally, view
 
     tallies = [Tally(name, config.data.sources[name].kind, config.data.sources[name].ratio) for name in stream.names]
@@ -103,10 +105,25 @@ def look(config: InspectConfig) -> tuple[list[Tally], list[View]]:
         if len(views) < config.sequences:
             decoder, images = SquareDecoder(config.image_encoder.image_size), item.sequence.images
             squares = decoder.allocate(len(images))
-            for image, square in zip(images, squares, strict=True):
-                decoder.decode(image.data, image.name, square)
+            for start, image, square in zip(item.sequence.image_starts, images, squares, strict=True):
+                try:
+                    decoder.decode(image.data, image.name, square)
+                except ShardError:
+                    raise
+                except UserError as error:
+                    owner = item.sequence.origins[item.sequence.document_ids[start] - 1]
+                    where = owner if config.packing.isolate_documents else f"step {item.step}, slot {item.slot}"
+                    print(f"training leaves out, and a crossed-out square stands for: {where}: {error}", file=sys.stderr)
+                    cross_out(square)
             views.append(view(item, as_images(squares), tokenizer, config.connector.num_tokens))
     return tallies, views
+
+
+def cross_out(square: np.ndarray) -> None:
+    """Fill `square`, uint8 (size, size, 3), with what no picture is mistaken for: red diagonals on grey."""
+    square[:] = 220
+    diagonal = range(len(square))
+    square[diagonal, diagonal] = square[diagonal, diagonal[::-1]] = (200, 0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- contact sheet

@@ -28,7 +28,7 @@ from data_pipelines.faults import Fault, SampleFault
 from data_pipelines.formats import read_document
 from data_pipelines.mixture import Balance, Mixture
 from data_pipelines.order import LaneOrder
-from data_pipelines.packing import Counts, EncodedDocument, Feed, PackedSequence, Packer, Piece, assemble, images_of
+from data_pipelines.packing import COUNTS, Counts, EncodedDocument, Feed, PackedSequence, Packer, Piece, assemble, images_of
 from data_pipelines.reader import ShardError, SplitReader
 from data_pipelines.shards import Manifest
 from data_pipelines.tokens import Encoder, image_token_id, tokenizer_fingerprint
@@ -248,6 +248,6 @@ def totals(stream: LaneStream, states: Mapping[int, Mapping[str, Any]]) -> dict[
     found = {name: Counts() for name in stream.names}
     for state in states.values():
         for name, numbers in state["feeds"].items():
-            for field, value in zip(vars(found[name]), numbers[2:], strict=True):
+            for field, value in zip(vars(found[name]), numbers[2 : 2 + COUNTS], strict=True):
                 setattr(found[name], field, getattr(found[name], field) + value)
     return found

@@ -219,7 +219,8 @@ def naming_dead_workers() -> Iterator[None]:
             time.sleep(1)
             raise
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # torch's words for a death; those of an exception inside a worker name the worker too
+        if not any(death in str(error) for death in ("exited unexpectedly", "is killed by signal")):
             raise
         raise UserError(
             f"A data worker was killed ({str(error).strip()}), most often because memory ran out: lower engine.workers. The same "

@@ -106,7 +106,9 @@ class LaneOrder:
 
     MIXED = 4
     AHEAD = 512
-    """Places worked out at once."""
+    """Places worked out at once, at most."""
+    EPOCHS = 8
+    """That these may lie in."""
 
     def __init__(self, n: int, lanes: int, *key: object, block: int = 1) -> None:
         self.n, self.lanes, self.block, self._key = n, lanes, block, key
@@ -126,7 +128,9 @@ class LaneOrder:
     def _samples(self, lane: int, place: int) -> array[int]:
         import numpy as np
 
-        places = np.arange(place, place + self.AHEAD, dtype=np.int64)
+        # each epoch among the places needs a permutation of its own: no more than EPOCHS of them, however small the split
+        ahead = max(1, min(self.AHEAD, self.EPOCHS * self.blocks // self.lanes))
+        places = np.arange(place, place + ahead, dtype=np.int64)
         inside = np.zeros_like(places)
         if self.block > 1:
             group = self.MIXED * self.block
@@ -136,8 +140,9 @@ class LaneOrder:
                 places[chosen], inside[chosen] = number * self.MIXED + mixed // self.block, mixed % self.block
         dealt = places * self.lanes + lane
         blocks = np.empty_like(dealt)
-        for epoch in range(int(dealt.min() // self.blocks), int(dealt.max() // self.blocks) + 1):
-            chosen = dealt // self.blocks == epoch
+        epochs = dealt // self.blocks
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
             blocks[chosen] = self._epoch(epoch).many(dealt[chosen] % self.blocks)
         return array("q", (blocks * self.block + inside).tobytes())
 

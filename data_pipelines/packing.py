@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -81,12 +81,16 @@ class Counts:
     """Delivered, image tokens included, padding not."""
     images: int = 0
     skipped: int = 0
-    """Samples that could not be used."""
+    """Samples that could not be used; one that was cut counts once, however many of its pieces are lost."""
 
     @property
     def read(self) -> int:
         """Samples looked at; one with an undecodable picture counts twice."""
         return self.taken_documents + self.skipped
+
+
+COUNTS = len(fields(Counts))
+"""Numbers of a feed's state that are counts; places of lost documents follow, in states written before there were any: none."""
 
 
 class Feed:
@@ -99,13 +103,15 @@ class Feed:
         self.counts = Counts()
         self.faults: list[Fault] = []
         self.documents: dict[int, EncodedDocument] = {}
+        self.lost: set[int] = set()
+        """Places of documents that lost a piece and may have more: they count as skipped once."""
 
     def state(self) -> list[int]:
-        return [self.place, self.start, *vars(self.counts).values()]
+        return [self.place, self.start, *vars(self.counts).values(), *sorted(self.lost)]
 
     def restore(self, state: Sequence[int]) -> None:
-        self.place, self.start, *counts = state
-        self.counts = Counts(*counts)
+        self.place, self.start, *rest = state
+        self.counts, self.lost = Counts(*rest[:COUNTS]), set(rest[COUNTS:])
         self.documents = {}
 
     def document(self, place: int) -> EncodedDocument:
@@ -147,7 +153,8 @@ class Feed:
         self.counts.documents -= piece.stop == len(document.ids)
         self.counts.tokens -= piece.tokens
         self.counts.images -= piece.images
-        self.counts.skipped += 1
+        self.counts.skipped += piece.place not in self.lost
+        self.lost.add(piece.place)
 
     def _current(self) -> EncodedDocument:
         lost = 0
@@ -211,15 +218,21 @@ class Packer:
 
     def pop(self) -> list[tuple[Piece, EncodedDocument]]:
         """The next sequence, as pieces with their documents."""
+        for feed in self.feeds:
+            feed.lost &= self._needed(feed)  # before pieces leave: whether those are lost is known later
         result = []
         for piece in self._fill():
             feed = self.by_number[piece.source]
             result.append((piece, feed.deliver(piece)))
         for feed in self.feeds:
             feed.counts.sequences += any(piece.source == feed.number for piece, _ in result)
-            needed = {p.place for waiting in self.open for p in waiting if p.source == feed.number} | {feed.place}
+            needed = self._needed(feed)
             feed.documents = {place: document for place, document in feed.documents.items() if place in needed}
         return result
+
+    def _needed(self, feed: Feed) -> set[int]:
+        """Places of documents of which something has yet to leave."""
+        return {p.place for waiting in self.open for p in waiting if p.source == feed.number} | {feed.place}
 
     def _piece(self, room: tuple[int, int]) -> Piece:
         return self.feeds[self.pick()].piece(room)

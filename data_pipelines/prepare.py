@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import os
 import shutil
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ from configs import CONFIG_DIR
 from configs.command import command, register
 from configs.errors import UserError
 from data_pipelines import paths
+from data_pipelines.corpora.building import refuse_foreign
 from data_pipelines.corpora.config import (
     ConvertConfig,
     CorpusConfig,
@@ -86,7 +88,8 @@ def main(config: PrepareConfig) -> None:
 def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
     """Make the corpus unless it is finished already; returns its folder. Of several processes one works and the others wait.
 
-    Raises UserError when a corpus of that name was made with other settings, so that nobody trains on what they did not ask for.
+    Raises UserError when a corpus of that name was made with other settings, so that nobody trains on what they did not ask for,
+    and when anything but a corpus lies in its place.
     """
     folder = paths.corpus(corpus.name)
     with locked(folder):
@@ -96,6 +99,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
             fingerprint = manifest.fingerprint[:12]
             print(f"Corpus {corpus.name!r} is there already: {folder} (fingerprint {fingerprint}). force=true makes it again.")
             return folder
+        refuse_foreign(folder)
         print(f"Preparing the corpus {corpus.name!r} in {folder}", flush=True)
         started = time.monotonic()
         manifest = recipe(corpus, folder)
@@ -103,7 +107,7 @@ def prepare(corpus: CorpusConfig, *, force: bool = False) -> Path:
         if isinstance(corpus, OwnConfig):
             from data_pipelines.corpora.tars import next_step
 
-            print(next_step(manifest))
+            print(next_step(manifest, str(folder) if os.sep in corpus.name else corpus.name))
     return folder
 
 

@@ -59,7 +59,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Members that stand side by side under one key, by extension (all of the name behind its first dot)."""
+    """Members that stand side by side under one key, by extension (all of the name behind its first dot, in lower case)."""
 
     key: str
     members: dict[str, Member]
@@ -75,10 +75,10 @@ class Sample:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension), cut at the first dot of the last path component, as webdataset does."""
+    """(key, extension in lower case), cut at the first dot of the last path component, as webdataset does."""
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
 def read_members(file: ShardFile, sample: Sample) -> dict[str, bytes]:

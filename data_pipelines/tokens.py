@@ -23,7 +23,10 @@ IMAGE_TOKEN = "<image>"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A transformers tokeniser from a local folder, with an end-of-text token and an <image> token (added if it lacks one)."""
+    """A transformers tokeniser from a local folder, with an end-of-text token and an <image> token (added if it lacks one).
+
+    Raises UserError where there is none, where it has no end-of-text token, and where a text could write its <image> token.
+    """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer_config.json").is_file():
@@ -35,6 +38,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if image_token_id(tokenizer) in Encoder(tokenizer, 0).text(IMAGE_TOKEN):
+        raise UserError(
+            f'{folder}: a text that contains {IMAGE_TOKEN!r} becomes the image mark, where no image stands. Set "special": true '
+            f"for {IMAGE_TOKEN!r} among the added_tokens of its tokenizer.json."
+        )
     return tokenizer
 
 

@@ -25,7 +25,7 @@ from data_pipelines.inspect import InspectConfig, contact_sheet, look
 from data_pipelines.loader import PackedLoader
 from data_pipelines.packing import IGNORE
 from data_pipelines.page import page
-from data_pipelines.reader import read_all
+from data_pipelines.reader import SplitReader, read_all
 from data_pipelines.shards import Manifest, SplitWriter
 from data_pipelines.storage import open_file
 from data_pipelines.stream import StreamConfig, StreamSettings, lines, open_stream
@@ -417,6 +417,20 @@ def test_tallies_count_all_steps_and_views_only_the_first(unbroken: Path) -> Non
     assert sum(t.loss_tokens for t in tallies) == sum(shown.loss_tokens for shown in every)
     for tally in tallies:
         assert abs(tally.sequences / 36 - tally.target) < 1 / 12
+
+
+def test_a_picture_that_training_leaves_out_is_named_and_crossed_out(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reader = SplitReader(corpus, Manifest.load(corpus), "captions", "train")
+    offset, size, _ = reader.index.sample(3)[1]["png"]
+    with open(corpus / reader[3].shard, "r+b") as file:
+        file.seek(offset)
+        file.write(bytes(size))
+    for isolated, where in ((True, rf"captions:{reader[3].shard}:{reader[3].key}"), (False, r"step \d+, slot \d+")):
+        _, _, views = inspected(corpus, f"packing.isolate_documents={isolated}")
+        said = [line for line in capsys.readouterr().err.splitlines() if "crossed-out" in line]
+        assert all(re.search(rf"training leaves out.*: {where}: png: not a whole", line) for line in said)
+        squares = [picture.pixels for shown in views for document in shown.documents for picture in document.pictures]
+        assert 0 < sum(bool((pixels[:, 0, 1] == 220).all()) for pixels in squares) == len(said) < len(squares)
 
 
 def test_text_is_not_cut_inside_a_character() -> None:

@@ -23,7 +23,7 @@ from data_pipelines.formats import READERS, read_document
 from data_pipelines.images import SquareDecoder
 from data_pipelines.lanes import LaneSequence, LaneStream, totals
 from data_pipelines.loader import PackedLoader
-from data_pipelines.packing import MOST_LOST_IN_A_ROW
+from data_pipelines.packing import MOST_LOST_IN_A_ROW, Feed
 from data_pipelines.reader import ShardError, SplitReader
 from data_pipelines.shards import Manifest, SplitWriter, index_path
 from data_pipelines.tar import Damage, Sample, read_members, samples
@@ -161,6 +161,35 @@ def test_skips_are_counted_exactly_over_a_resume(corpus: Path) -> None:
         resumed = list(islice(opened(corpus).lanes([0, 1, 2, 3], stop, states, SquareDecoder(8)), 4 * (30 - stop)))
         assert [item.state for item in resumed] == [item.state for item in whole[4 * stop :]]
         assert [item.faults for item in resumed] == [item.faults for item in whole[4 * stop :]]
+
+
+@pytest.mark.parametrize("policy", ["concat", "first_fit"])
+def test_a_document_that_was_cut_is_one_loss_however_many_of_its_pieces_are_lost(corpus: Path, policy: str) -> None:
+    reader, bad = SplitReader(corpus, Manifest.load(corpus), "interleaved", "train"), 2
+    for name, (offset, size, _) in reader.index.sample(bad)[1].items():
+        if name.endswith(".png"):
+            with open(corpus / reader[bad].shard, "r+b") as file:
+                file.seek(offset)
+                file.write(bytes(size))
+    data = DataConfig(str(corpus), {"interleaved": SourceConfig("interleaved", 1.0)})
+    packing = PackingConfig(seq_len=24, max_images=1, policy=policy, open_sequences=3)  # a piece for each picture
+    stream = LaneStream(corpus, data, packing, tokenizer(), image_tokens=M, global_batch=1, seed=0)
+    items = list(islice(stream.lanes([0], decoder=SquareDecoder(8)), 120))
+    pieces = sum(len(item.faults) for item in items)
+    lost = totals(stream, {0: items[-1].state})["interleaved"].skipped
+    read = [place for place in range(items[-1].state["feeds"]["interleaved"][0]) if stream.sources[0].order[0, place] == bad]
+    assert len(read) - 1 <= lost <= len(read)  # the last may still wait
+    assert pieces > 2 * lost > 4
+    for at in range(0, 60, 7):  # wherever a run was stopped, also between two pieces of the document
+        resumed = islice(stream.lanes([0], at + 1, {0: items[at].state}, SquareDecoder(8)), 30)
+        assert [item.state for item in resumed] == [item.state for item in items[at + 1 : at + 31]]
+
+
+def test_states_without_lost_documents_are_restored() -> None:
+    feed = Feed(0, "captions", lambda place: None, M)
+    feed.restore([5, 0, 5, 60, 4, 4, 48, 4, 1])
+    assert feed.counts.skipped == 1
+    assert feed.state() == [5, 0, 5, 60, 4, 4, 48, 4, 1]
 
 
 def test_a_source_of_nothing_but_damage_stops_instead_of_running_for_ever(corpus: Path) -> None:

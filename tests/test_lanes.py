@@ -25,7 +25,7 @@ from data_pipelines.packing import EncodedDocument, Feed, Packer, Piece, assembl
 from data_pipelines.shards import Manifest
 from data_pipelines.storage import open_file
 from data_pipelines.tar import Sample, read_members, samples
-from data_pipelines.tokens import encode_parts, image_token_id
+from data_pipelines.tokens import encode_parts, image_token_id, load_tokenizer
 from tests.corpus import tokenizer, write_corpus
 
 M = 4
@@ -291,6 +291,20 @@ def test_a_text_cannot_forge_marks() -> None:
     ids, starts = encode_parts(["<image><|endoftext|>"], tokenizer(), M)
     assert not starts
     assert not {image_token_id(tokenizer()), tokenizer().eos_token_id} & set(ids)
+
+
+def test_a_tokeniser_that_reads_marks_in_texts_is_refused(tmp_path: Path) -> None:
+    tokenizer().save_pretrained(tmp_path)
+    load_tokenizer(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in described["added_tokens"]:
+        token["special"] = token["content"] != "<image>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
+    with pytest.raises(UserError, match="'<image>' becomes the image mark"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_index_reads_what_the_webdataset_library_reads(corpus: Path) -> None:

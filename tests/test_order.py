@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines import order
 from data_pipelines.mixture import Mixture
 from data_pipelines.order import LaneOrder, Permutation, keyed
 
@@ -43,6 +44,27 @@ def test_every_epoch_is_whole_and_its_own() -> None:
     epochs = [[order[lane, e * 25 + i] for i in range(25) for lane in range(4)] for e in range(3)]
     assert all(sorted(epoch) == list(range(100)) for epoch in epochs)  # type: ignore[type-var]
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("n", "lanes"), [(1, 64), (20, 64), (64, 64), (1000, 64), (5, 2)])
+def test_a_lane_reads_every_lanes_th_of_the_epochs_however_small_they_are(
+    n: int, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Counted(Permutation):
+        def __init__(self, n: int, key: int) -> None:
+            made.append(key)
+            super().__init__(n, key)
+
+    monkeypatch.setattr(order, "Permutation", Counted)
+    ours = LaneOrder(n, lanes, "seed")
+    for place in range(40):
+        made.clear()
+        found = ours[3 % lanes, place]
+        assert len(made) <= 9  # so the first sample of a small split is there at once
+        epoch, index = divmod(place * lanes + 3 % lanes, n)
+        assert found == Permutation(n, keyed("seed", epoch))[index]
 
 
 def test_a_lane_reads_neighbours_together_where_blocks_are_asked_for() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -21,6 +22,8 @@ from configs.errors import UserError
 from data_pipelines.config import DataConfig, PackingConfig, SourceConfig
 from data_pipelines.corpora import tars
 from data_pipelines.corpora.config import TarsConfig
+from data_pipelines.document import Origin
+from data_pipelines.formats import read_document
 from data_pipelines.lanes import LaneStream
 from data_pipelines.prepare import PrepareConfig, ensure_corpus, prepare, refuse_repetition
 from data_pipelines.reader import read_all
@@ -153,6 +156,54 @@ def test_how_many_shards_are_held_out(shards: int, share: float, count: int) -> 
 def test_a_shard_that_holds_nearly_everything_is_not_held_out(seed: int) -> None:
     assert tars.held_out("captions", [900, 10], 0.01, seed) == {1}
     assert 2 not in tars.held_out("captions", [10, 11, 900, 9], 0.5, seed)
+
+
+def test_extensions_count_in_any_case_as_in_webdataset(tmp_path: Path) -> None:
+    """Pages name their pictures as the files are called."""
+    pages = [
+        {"JSON": page(i)["json"].replace("a.png", "A.PNG"), "A.PNG": picture(i), "b.png": picture(i + 100)} for i in range(3)
+    ]
+    shards = {
+        "captions": write(tmp_path / "c.tar", [{"JPG": picture(i), "Txt": f"picture {i}"} for i in range(3)]),
+        "interleaved": write(tmp_path / "p.tar", pages),
+    }
+    folder = prepare(TarsConfig(name="mine", vocab_size=300, **{source: str(path) for source, path in shards.items()}))
+    for source, format in (("captions", "img2dataset"), ("interleaved", "energon")):
+        theirs = list(webdataset.WebDataset(str(shards[source]), shardshuffle=False))
+        for number, members in enumerate(read_all(folder, source, "train")):
+            assert dict(members) == {name: value for name, value in theirs[number].items() if not name.startswith("__")}
+            document = read_document(format, members, Origin(source, members.shard, members.key))
+            assert number_of(document.images[0].data) == number
+
+
+def test_a_held_out_shard_without_a_good_sample_makes_no_val_split(
+    tmp_path: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "large.tar", [caption(i) for i in range(20)])
+    write(tmp_path / "small.tar", [{"png": picture(i)} for i in range(2)])  # no captions
+    folder = prepare(TarsConfig(name="mine", captions=str(tmp_path / "*.tar"), vocab_size=300, max_faults=0.1))
+    splits = Manifest.load(folder).splits["captions"]
+    assert {name: (split.samples, len(split.shards), split.faults) for name, split in splits.items()} == {"train": (20, 2, 2)}
+    assert sorted(path.name for path in (folder / "index").iterdir()) == ["captions-train.idx"]
+    assert len(list(read_all(folder, "captions", "train"))) == 20
+    assert "captions: no val split" in capsys.readouterr().out
+
+
+def test_an_empty_shard_is_refused_also_after_one_with_faults(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", [*(caption(i) for i in range(20)), {"png": picture(1)}])
+    write(tmp_path / "b.tar", [])
+    with pytest.raises(UserError, match=r"b\.tar: holds no samples"):
+        prepare(TarsConfig(name="mine", captions=str(tmp_path / "*.tar"), vocab_size=300, max_faults=0.1, val_share=0.0))
+
+
+def test_a_corpus_prepared_by_path_is_trained_on_by_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a.tar", [caption(i) for i in range(4)])
+    monkeypatch.chdir(tmp_path)
+    folder = prepare(TarsConfig(name="./on disk 2/mine", captions="a.tar", vocab_size=300))
+    advice = shlex.split(capsys.readouterr().out.rsplit("mm1.train ", 1)[1])
+    assert compose("train", TrainConfig, advice).data.corpus == str(folder) == str(tmp_path / "on disk 2" / "mine")
 
 
 def test_the_tokenizer_never_hears_the_validation_text(config: TarsConfig, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

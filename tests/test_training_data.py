@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import UserError
+from data_pipelines.loader import naming_dead_workers
 from data_pipelines.reader import SplitReader
 from data_pipelines.shards import Manifest
 from tests.corpus import write_corpus
@@ -120,6 +122,14 @@ def test_a_killed_data_worker_ends_the_run_which_then_goes_on_exactly(home: Path
     kill_after_a_checkpoint(tmp_path / "again", corpus, *arguments)
     train(tmp_path / "again", corpus, *arguments)
     assert curve(tmp_path / "again") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", ["(pid(s) 7) exited unexpectedly", "(pid 7) is killed by signal: Killed. "])
+def test_only_a_worker_that_died_is_reported_as_killed(end: str) -> None:
+    with pytest.raises(UserError, match="A data worker was killed"), naming_dead_workers():
+        raise RuntimeError(f"DataLoader worker {end}")
+    with pytest.raises(RuntimeError, match="in DataLoader worker process 0"), naming_dead_workers():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.")  # torch's words for what a worker raised
 
 
 def test_killing_the_trainer_leaves_no_worker_behind(home: Path, corpus: Path) -> None:

@@ -15,6 +15,8 @@ from data_pipelines.corpora.building import CorpusBuilder
 from data_pipelines.corpora.config import ConvertConfig, ShapesConfig, StarterConfig, StarterSyntheticConfig, TarsConfig
 from data_pipelines.corpora.pictures import DROPPED, KNOWN, TRAIN, VALIDATION, Picture
 from data_pipelines.corpora.synthetic import LEAST_SHARE, MEDIA, TEMPLATES, colours_of, describe
+from data_pipelines.document import Image, Origin
+from data_pipelines.formats import read_document
 from data_pipelines.prepare import prepare, refuse_other_settings
 from data_pipelines.reader import read_all
 from data_pipelines.shards import Manifest, SplitWriter
@@ -99,7 +101,11 @@ def test_own_shards_may_bring_a_second_source(
         val_share=0.1,
     )
     folder = prepare(both)
-    assert all("rewritten" in members["txt"].decode() for members in read_all(folder, "captions_synthetic", "train"))
+    for members in read_all(folder, "captions_synthetic", "train"):
+        image, text = read_document("img2dataset", members, Origin("captions_synthetic", members.shard, members.key)).parts
+        assert isinstance(image, Image)
+        assert isinstance(text, str)
+        assert "rewritten" in text
     advice = capsys.readouterr().out.rsplit("mm1.train ", 1)[1].split()
     data = compose("train", TrainConfig, advice).data
     ratios = {name: source.ratio for name, source in data.sources.items()}

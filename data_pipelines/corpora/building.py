@@ -13,13 +13,15 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from configs.errors import UserError
 from data_pipelines.index import IndexBuilder
-from data_pipelines.shards import Manifest, Package, Split, SplitWriter, Task
+from data_pipelines.shards import MANIFEST, Manifest, Package, Split, SplitWriter, Task
+from data_pipelines.storage import is_remote, local_path
 from data_pipelines.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
@@ -123,6 +125,33 @@ def demonstration_name(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- corpus
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Raises UserError when what lies at `folder` is no corpus: a finished preparation replaces it with everything in it."""
+    if (folder / MANIFEST).is_file() or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    raise UserError(
+        f"corpus.name={folder.name}: {folder} is there already and is no corpus (it has no {MANIFEST}). The corpus would take "
+        "its place, and all in it would be lost: give another corpus.name, or move it away."
+    )
+
+
+def refuse_inputs_inside(folder: Path, inputs: Iterable[tuple[str, str | Path]]) -> None:
+    """Raises UserError when one of `inputs`, (key, path or URL), lies in `folder`, which a finished preparation replaces.
+
+    A link counts where it stands and where it leads: either would be gone.
+    """
+    places = {folder.absolute(), folder.resolve()}
+    for key, name in inputs:
+        if is_remote(name):
+            continue
+        path = local_path(name)
+        if any(at.is_relative_to(place) for at in (path, path.resolve()) for place in places):
+            raise UserError(
+                f"{key}: {name} lies in {folder}, whose place the corpus would take: it would be lost. Give another corpus.name, "
+                "or move the input elsewhere."
+            )
+
+
 class CorpusBuilder:
     """Collects a corpus's samples into shards; see the module docstring."""
 
@@ -202,6 +231,7 @@ class CorpusBuilder:
         for (source, split), writer in self.writers.items():
             manifest.splits.setdefault(source, {})[split] = writer.close()
         manifest.save(self.partial, indexes)
+        refuse_foreign(self.folder)  # once more: hours may have passed since `prepare` looked
         outdated = self.folder.parent / f".{self.folder.name}.outdated"
         shutil.rmtree(outdated, ignore_errors=True)
         if self.folder.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ class CorpusConfig:
 
     def validate(self) -> None:
         """Raises UserError for a value the recipe cannot work with."""
+        if self.name in ("", ".", ".."):  # <home>/data itself, or what it lies in
+            raise UserError(
+                f"corpus.name={self.name!r}: names no folder of its own. Give a name, or a path with a {os.sep} in it."
+            )
 
 
 @dataclass
@@ -35,6 +40,7 @@ class PicturesConfig(CorpusConfig):
     """Of the WebP pictures, 1 to 100."""
 
     def validate(self) -> None:
+        super().validate()
         if not 16 <= self.image_size <= 1024:
             raise UserError(f"corpus.image_size={self.image_size}: pictures are 16 to 1024 pixels a side.")
         if not 1 <= self.quality <= 100:
@@ -152,6 +158,7 @@ class OwnConfig(CorpusConfig):
         return tuple(layout for layout in LAYOUTS[source] if chosen in (None, layout))
 
     def validate(self) -> None:
+        super().validate()
         for source in LAYOUTS:
             value = getattr(self, source)
             items = value if isinstance(value, (list, tuple)) else [value]

@@ -22,11 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from data_pipelines.corpora.building import FORMATS, CorpusBuilder, dumps, unit
+from data_pipelines.corpora.building import FORMATS, CorpusBuilder, dumps, refuse_inputs_inside, unit
 from data_pipelines.corpora.config import ConvertConfig
 from data_pipelines.corpora.detection import PROBE, detect, examine
 from data_pipelines.corpora.quarantine import Quarantine
-from data_pipelines.corpora.tars import TOKENIZER_CHARACTERS, expand, given_tokenizer, make_tokenizer, read_shard, tar_reader
+from data_pipelines.corpora.tars import (
+    TOKENIZER_CHARACTERS,
+    expand,
+    given_tokenizer,
+    inputs,
+    make_tokenizer,
+    read_shard,
+    tar_reader,
+)
 from data_pipelines.document import Document, Image, Origin
 from data_pipelines.faults import Fault
 from data_pipelines.formats import ROW_READERS, mmc4, obelics
@@ -48,7 +56,10 @@ def prepare(config: ConvertConfig, folder: Path) -> Manifest:
 
     Raises UserError naming the file and the row or sample that is missing, damaged or not of its source's layout.
     """
-    files = {source: _local(source, expand(source, patterns)) for source, patterns in config.patterns().items()}
+    named = {source: expand(source, patterns) for source, patterns in config.patterns().items()}
+    store = [("corpus.image_store", config.image_store)] if config.image_store else []
+    refuse_inputs_inside(folder, [*inputs(config, named), *store])
+    files = {source: _local(source, names) for source, names in named.items()}
     for source, paths in files.items():  # all of them, before hours of reading the first
         for path in paths:
             kind = container(path)
@@ -200,7 +211,7 @@ class _Conversion:
                     data, extension = self.keep(part.data)
                 except PictureError as error:
                     raise UserError(f"{document.origin}: {part.name} {error}. Mend it, or take the sample out.") from error
-                name = extension if source == "captions" else f"{len(members):03d}.{extension}"
+                name = extension if FORMATS[source] == "img2dataset" else f"{len(members):03d}.{extension}"
                 members[name] = data
                 images.append(name)
             else:

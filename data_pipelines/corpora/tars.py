@@ -10,6 +10,7 @@ ones alone. The val split is made of whole shards, and so needs no copy either.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from data_pipelines.corpora.building import CorpusBuilder
+from data_pipelines.corpora.building import CorpusBuilder, refuse_inputs_inside
 from data_pipelines.corpora.config import OwnConfig, TarsConfig
 from data_pipelines.corpora.detection import checked, detect
 from data_pipelines.corpora.quarantine import Quarantine
@@ -50,6 +51,7 @@ def prepare(config: TarsConfig, folder: Path) -> Manifest:
     only beyond config.max_faults.
     """
     shards = {source: expand(source, patterns) for source, patterns in config.patterns().items()}
+    refuse_inputs_inside(folder, inputs(config, shards))
     given = given_tokenizer(config)
     with CorpusBuilder(folder) as builder:
         return _prepare(config, shards, given, builder)
@@ -103,6 +105,13 @@ def expand(source: str, patterns: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
+def inputs(config: OwnConfig, files: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(key, path or URL) of all that the corpus is made from: the files of each source, and the tokenizer given."""
+    yield from ((f"corpus.{source}", name) for source, names in files.items() for name in names)
+    if config.tokenizer is not None:
+        yield "corpus.tokenizer", config.tokenizer
+
+
 def held_out(source: str, sizes: Sequence[int], share: float, seed: int) -> set[int]:
     """Which shards (by number) become the val split: about `share` of them, at least one, never all; none of a single shard.
 
@@ -151,8 +160,9 @@ class _Reading:
             for number, name in enumerate(self.names):
                 split, bytes = self.split_of(number), size_of(name)
                 end = bar.n + bytes
+                lost = self.quarantine.count(self.source)
                 good = list(self.shard(name, split, quota if split == "train" else 0, bar))
-                if not good and not self.quarantine.count(self.source):
+                if not good and self.quarantine.count(self.source) == lost:
                     raise UserError(f"{name}: holds no samples. Leave it out of corpus.{self.source}.")
                 sha256 = sha256_of(name)  # straight after reading, while the shard is still in the page cache
                 if sha256 in hashes:
@@ -162,6 +172,23 @@ class _Reading:
                 hashes[sha256] = name
                 self.splits[split].shards.append(Shard(name, self.indexes[split].add_shard(good), bytes, sha256))
                 bar.update(end - bar.n)
+        self.settle_validation()
+
+    def settle_validation(self) -> None:
+        """Without a val split where all its samples were left out: its shards, which then give nothing, count as training's."""
+        if "val" not in self.splits or self.splits["val"].samples:
+            return
+        train, val = self.splits["train"], self.splits.pop("val")
+        del self.indexes["val"]
+        for shard in val.shards:
+            train.shards.append(shard)
+            self.indexes["train"].add_shard([])
+        train.faults += val.faults
+        print(
+            f"  {self.source}: no val split, so no validation loss of this source: every sample held out was left out "
+            f"({', '.join(shard.file for shard in val.shards)}). Another corpus.seed may hold out others.",
+            flush=True,
+        )
 
     def shard(self, name: str, split: str, room: int, bar: Any) -> Iterator[Sample]:
         """The good samples of one shard; up to `room` characters of their text are kept."""
@@ -253,8 +280,8 @@ def copy_tokenizer(given: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def next_step(manifest: Manifest) -> str:
-    """The command that trains on the corpus, with the ratios of the sources it has."""
+def next_step(manifest: Manifest, corpus: str) -> str:
+    """The command that trains on `corpus` (its name, or its path if it was prepared by path), with its sources' ratios."""
     option, usual = "own", RATIOS
     if "captions_synthetic" in manifest.splits:  # the mixture of configs/data/two_captions.yaml takes none of them
         option, usual = "two_captions", RATIOS | {"captions_synthetic": 0.0}
@@ -264,4 +291,4 @@ def next_step(manifest: Manifest) -> str:
     ratios = {source: round(shares.get(source, 0.0) / sum(shares.values()), 2) for source in usual}
     ratios[max(shares, key=lambda source: shares[source])] += 1 - sum(ratios.values())
     changed = [f"data.sources.{s}.ratio={ratio:.2g}" for s, ratio in ratios.items() if abs(ratio - usual[s]) > 1e-9]
-    return " ".join([f"Train on it: python -m mm1.train data={option}", f"data.corpus={manifest.corpus}", *changed])
+    return " ".join([f"Train on it: python -m mm1.train data={option}", shlex.quote(f"data.corpus={corpus}"), *changed])

@@ -1,6 +1,7 @@
 """Interleaved documents: KEY.json with parallel `images` and `texts` lists, and one member an image (KEY.000.webp ...).
 
-In every slot exactly one of the two lists is non-null; an image is named by everything after the first dot of its member.
+In every slot exactly one of the two lists is non-null; an image is named by everything after the first dot of its member,
+in whatever case.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def read(members: Mapping[str, bytes], origin: Origin) -> Document:
         raise UserError(f"{origin}: an interleaved sample needs a json member; it has {sorted(members)}.")
 
     def picture(slot: int, name: Any) -> Image:
-        if name not in members:
+        member = name if name in members else str(name).lower()  # indexes hold extensions in lower case, old ones as they are
+        if member not in members:
             raise UserError(f"{origin}: slot {slot} names image {name!r}, which is not among {sorted(members)}.")
-        return Image(partial(members.__getitem__, name), name)  # read when its sequence is full (document.Image)
+        return Image(partial(members.__getitem__, member), member)  # read when its sequence is full (document.Image)
 
     return Document(parts_of(json.loads(members["json"]), origin, picture), origin)

@@ -1,7 +1,7 @@
 """MINT-1T (its PDF part): KEY.json with parallel lists `images` and `texts`, and KEY.tiff a frame per non-null image, in order.
 
-Frames become PNG, which loses nothing. That decodes every frame at every read: a corpus that is read often is better converted
-(corpus=convert). Source: Awadalla et al. 2024, MINT-1T (arXiv 2406.11271).
+Frames become PNG, which loses nothing of what training sees. That decodes every frame at every read: a corpus that is read often
+is better converted (corpus=convert). Source: Awadalla et al. 2024, MINT-1T (arXiv 2406.11271).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from configs.errors import UserError
 from data_pipelines.document import Document, Image, Origin
 from data_pipelines.formats.slots import parts_of
-from data_pipelines.images import MAX_PIXELS
+from data_pipelines.images import MAX_PIXELS, NOT_DAMAGE, rgb_on_white
 
 
 def read(members: Mapping[str, bytes], origin: Origin) -> Document:
@@ -60,10 +60,12 @@ def _frames(data: bytes, extension: str, wanted: int, origin: Origin) -> Iterato
                         f"{origin}: frame {number} is {picture.width}x{picture.height}; the cap is {MAX_PIXELS} pixels."
                     )
                 frame = io.BytesIO()
-                # PNG knows neither CMYK nor Lab nor float pixels
-                (picture if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else picture.convert("RGB")).save(
+                # PNG knows neither CMYK nor Lab; of 16 bits training sees the upper 8
+                (picture if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else rgb_on_white(picture)).save(
                     frame, "PNG", compress_level=1
                 )
                 yield Image(frame.getvalue(), f"{extension}:{number}")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except NOT_DAMAGE:
+        raise
+    except Exception as error:  # as in images.decode_rgb
         raise UserError(f"{origin}: frame {number} of the {extension} cannot be decoded ({error}).") from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 from configs.errors import UserError
-from data_pipelines.images import MAX_PIXELS, decode_rgb, reason
+from data_pipelines.images import MAX_PIXELS, NOT_DAMAGE, decode_rgb, open_picture, reason
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-"""Pillow's name of a format -> the extension its member gets; no other is written into shards."""
+"""Pillow's name of a format -> the extension its member gets: those of images.FORMATS, and MPO, a JPEG with further pictures."""
 
 
 class PictureError(ValueError):
@@ -16,13 +16,14 @@ class PictureError(ValueError):
 
 
 def header(data: bytes) -> tuple[str, int, int]:
-    """(Pillow's format, width, height) without decoding a pixel. PictureError when it has none, or more than MAX_PIXELS."""
-    import PIL.Image
-
+    """(Pillow's format, width, height) without decoding a pixel. PictureError when it has none, more than MAX_PIXELS, or grey
+    levels without a defined range."""
     try:
-        with PIL.Image.open(io.BytesIO(data)) as picture:
+        with open_picture(data) as picture:
             found = (picture.format or "unknown", picture.width, picture.height)
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+    except NOT_DAMAGE:
+        raise
+    except Exception as error:  # as in images.decode_rgb
         raise PictureError(f"is no picture that can be decoded ({reason(error)})") from error
     if found[1] * found[2] > MAX_PIXELS:
         raise PictureError(f"has {found[1] * found[2]:,} pixels; the cap is {MAX_PIXELS:,}")
@@ -32,14 +33,12 @@ def header(data: bytes) -> tuple[str, int, int]:
 def stored(data: bytes, longest: int | None, quality: int) -> tuple[bytes, str]:
     """(bytes, extension) as a shard keeps the picture: as it is, or as WebP where its longer side has more than `longest` pixels.
 
-    Raises PictureError for what is no picture, and for formats outside EXTENSIONS that nothing makes smaller.
+    Raises PictureError for what is no picture.
     """
     import PIL.Image
 
     format, width, height = header(data)
     if longest is None or max(width, height) <= longest:
-        if format not in EXTENSIONS:
-            raise PictureError(f"is {format}; shards hold {', '.join(sorted(set(EXTENSIONS.values())))}")
         return data, EXTENSIONS[format]
     try:
         rgb = PIL.Image.fromarray(decode_rgb(data))  # strict, and on white, as training will see it
