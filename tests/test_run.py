@@ -37,6 +37,15 @@ def test_a_kill_while_the_folder_is_made_is_survived(survives: str, home: Path, 
     assert find_run("base").folder == run.folder
 
 
+def test_an_interrupted_run_that_goes_on_is_running(home: Path) -> None:
+    config = compose("train", TrainConfig)
+    run = run_for(config, FINGERPRINT)
+    run.create(config, FINGERPRINT)
+    run.update(status="interrupted")
+    run.create(config, FINGERPRINT)
+    assert run.info["status"] == "running"
+
+
 def test_another_configuration_in_the_folder_is_named_key_by_key(home: Path) -> None:
     run = run_for(compose("train", TrainConfig), FINGERPRINT)
     run.create(compose("train", TrainConfig), FINGERPRINT)
