@@ -26,6 +26,9 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     from mm1.config import EngineConfig, OptimConfig
 
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint's folder until it is whole."""
+
 
 def choose_device(requested: str) -> str:
     """auto -> cuda where there is one. Raises UserError for cuda without a GPU."""
@@ -170,7 +173,7 @@ class Engine:
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Save weights, optimiser and `state` (plain values), on all ranks together; the folder appears only when it is whole."""
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(folder.name + PARTIAL)
         if self.workers.main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
