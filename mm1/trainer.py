@@ -58,7 +58,7 @@ class Trainer:
         self.peak_lr = config.optim.peak(parameters_without_embeddings(model.decoder))
         groups = parameter_groups(model, config)
         self.parameters = count_parameters(model)
-        prepare(model, config.engine, workers.device)
+        prepare(model, config.engine, workers.device, config.packing)
         self.engine = Engine(model, groups, workers, config.engine, config.optim, config.train.global_batch)
         # Compared with a checkpoint's: a tokeniser that was exchanged in its place, say, has the same path and other ids.
         self._identity = stream.identity() | {"image_encoder": {"image_size": model.config.image_size}}
@@ -254,7 +254,7 @@ class Trainer:
         return sorted(path for path in self.run.checkpoints.glob("step-*") if path.suffix != PARTIAL)
 
     def _resume(self) -> dict[str, torch.Tensor] | None:
-        """Back to the last checkpoint; returns the state this process's generators had then, None where there is no checkpoint."""
+        """Back to the last checkpoint; returns the state that this process's generators had, or None without a checkpoint."""
         if self.workers.main:
             for torn in self.run.checkpoints.glob(f"step-*{PARTIAL}"):  # of a process that was killed while it saved
                 remove_tree(torn)
