@@ -124,6 +124,19 @@ def read_law(path: str) -> tuple[float, float]:
     return found[0], found[1]
 
 
+SUITE_KEYS: dict[str, str | None] = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and engine.micro_batch",
+    "gradient_clipping": "optim.grad_clip",
+    "optimizer": "the section optim",
+    "scheduler": "optim.warmup_steps and optim.final_lr",
+    **dict.fromkeys(("bf16", "bfloat16", "fp16", "amp", "torch_autocast", "data_types"), "engine.precision"),
+    **dict.fromkeys(("compression_training", "curriculum_learning", "data_efficiency", "progressive_layer_drop")),
+}
+"""DeepSpeed's keys that change the weights -> where this suite sets the same, if it does."""
+
+
 @dataclass
 class EngineConfig:
     """How the steps are executed. Nothing here but `precision` changes what is computed."""
@@ -156,7 +169,13 @@ class EngineConfig:
     liger: bool = False
     """liger-kernel's fused decoder layers, on GPUs."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Merged over the DeepSpeed configuration this section makes, for offloading, communication settings and the like."""
+    """Merged, section by section, over the DeepSpeed configuration this one makes, for offloading, communication settings and the
+    like. What would change the weights has keys of its own here (SUITE_KEYS)."""
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage in force: `deepspeed` may name another than `zero_stage`."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", self.zero_stage))
 
     def validate(self) -> None:
         if self.precision not in ("fp32", "bf16"):
@@ -175,6 +194,17 @@ class EngineConfig:
             raise UserError(f"engine.loss_chunk={self.loss_chunk}: positions at once, or 0 for all of them.")
         if self.micro_batch < 1 or self.workers < 0:
             raise UserError(f"engine.micro_batch={self.micro_batch}, engine.workers={self.workers}: at least 1 and 0.")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"engine.threads={self.threads}: at least 1, or null for all cores.")
+        for key, instead in SUITE_KEYS.items():
+            if key in self.deepspeed:
+                raise UserError(
+                    f"engine.deepspeed.{key}={self.deepspeed[key]}: it changes what is trained, and a run's hash does not see it "
+                    f"there. {f'Set {instead} instead' if instead else 'The suite has no key for it: leave it out'}."
+                )
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+            raise UserError(f"engine.deepspeed.zero_optimization={zero}: must be a section, with a stage of 0, 1, 2 or 3 if any.")
 
 
 @dataclass
@@ -192,6 +222,8 @@ class LoopConfig:
         for key in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise UserError(f"train.{key}={getattr(self, key)}: must be at least 1.")
+        if self.validation_sequences < 0:
+            raise UserError(f"train.validation_sequences={self.validation_sequences}: sequences a source, or 0 for none.")
 
 
 @dataclass
@@ -254,6 +286,8 @@ class TrainConfig:
         settings["data"].pop("access")
         for source in settings["data"]["sources"].values():
             source.pop("max_faults")
+        if (order := list(self.data.sources)) != sorted(order):  # which comes first decides ties, hence the stream
+            settings["data"]["order"] = order
         for key in ("log_every", "checkpoint_every", "keep_checkpoints", "validation_sequences"):
             settings["train"].pop(key)
         return settings

@@ -26,6 +26,9 @@ from configs.errors import UserError
 if TYPE_CHECKING:
     from mm1.config import EngineConfig, OptimConfig
 
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint's folder until it is whole."""
+
 
 def choose_device(requested: str) -> str:
     """auto -> cuda where there is one. Raises UserError for cuda without a GPU."""
@@ -116,19 +119,19 @@ class Engine:
             parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype).copy_(parameter.data)
         share = global_batch // workers.world
         self.accumulation = share // settings.micro_batch
-        betas, fused = (optim.beta1, optim.beta2), settings.zero_stage < 3 or None
+        betas, fused = (optim.beta1, optim.beta2), settings.stage < 3 or None
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=fused)
         config: dict[str, Any] = {
             "train_batch_size": global_batch,
             "train_micro_batch_size_per_gpu": settings.micro_batch,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": optim.grad_clip,
-            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_optimization": {"stage": settings.stage},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": settings.precision == "bf16"},
             "steps_per_print": 2**31,
-            **settings.deepspeed,
         }
+        config = merged(config, settings.deepspeed)
         with _quiet():
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=model.to(workers.device), optimizer=optimizer, config=config, dist_init_required=False
@@ -142,7 +145,7 @@ class Engine:
                         buffer.data = buffer.data.to(module.weight.dtype)
         self.grad_norm = float("nan")
         """Global gradient norm of the last optimiser step, before clipping."""
-        self._plain = settings.zero_stage == 0 and settings.precision == "fp32"
+        self._plain = settings.stage == 0 and settings.precision == "fp32"
 
     def __call__(self, **inputs: Any) -> Any:
         return self.deepspeed(**inputs)
@@ -170,7 +173,7 @@ class Engine:
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Save weights, optimiser and `state` (plain values), on all ranks together; the folder appears only when it is whole."""
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(folder.name + PARTIAL)
         if self.workers.main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -191,7 +194,7 @@ class Engine:
             except Exception as error:
                 raise UserError(
                     f"{folder} cannot be resumed with {self.workers.world} processes and "
-                    f"engine.zero_stage={self.settings.zero_stage}: "
+                    f"engine.zero_stage={self.settings.stage}: "
                     f"{str(error).splitlines()[0][:300] if str(error) else type(error).__name__}"
                 ) from error
         if path is None:
@@ -202,13 +205,19 @@ class Engine:
         """Whole weights on the CPU (on rank 0; empty elsewhere), gathered from the shards under ZeRO-3. Tied weights stay one."""
         import deepspeed
 
-        sharded = list(self.module.parameters()) if self.settings.zero_stage == 3 else []
+        sharded = list(self.module.parameters()) if self.settings.stage == 3 else []
         with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
             copies: dict[int, torch.Tensor] = {}
             named = self.module.state_dict(keep_vars=True) if self.workers.main else {}
             for tensor in named.values():
                 copies.setdefault(id(tensor), tensor.detach().cpu().clone())
             return {name: copies[id(tensor)] for name, tensor in named.items()}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, section by section: what `over` does not name stays."""
+    both = {key: merged(base[key], over[key]) for key in over if isinstance(base.get(key), dict) and isinstance(over[key], dict)}
+    return base | over | both
 
 
 @contextmanager

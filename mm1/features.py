@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from data_pipelines import paths
+from mm1.cpu import whole_width_in_use
 from mm1.feature_store import FeatureStore
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def folder() -> Path:
 
 def shared_out(engine: EngineConfig) -> bool:
     """Whether processes hold shares of the weights (ZeRO-3): the encoder then runs on all of them together, or on none."""
-    zero = engine.deepspeed.get("zero_optimization", {})
-    return (zero.get("stage", engine.zero_stage) if isinstance(zero, dict) else engine.zero_stage) == 3
+    return engine.stage == 3
 
 
 def kept(config: TrainConfig) -> bool:
@@ -160,6 +160,7 @@ def describe(encoder: ImageEncoder, engine: EngineConfig, device: torch.device, 
         "compile": engine.compile,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "processor": processor(device),
+        "whole_width": whole_width_in_use() if device.type == "cpu" else None,
         "libraries": {name: _version(name) for name in LIBRARIES},
         "source": _source(),
     }

@@ -27,7 +27,8 @@ def peak_learning_rate(decoder_parameters: int, law: tuple[float, float] = MM1_L
 
 
 def learning_rate(step: int, peak: float, total_steps: int, settings: OptimConfig) -> float:
-    """Of step 0, 1, ... total_steps - 1. The first step already moves (1 / warmup of the peak); the last one is at the floor."""
+    """Of step 0, 1, ... total_steps - 1. The first step already moves (1 / warmup of the peak); the last one is at the floor,
+    unless it is the only one after the warm-up: that is at the peak."""
     if step < settings.warmup_steps:
         return peak * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, total_steps - 1 - settings.warmup_steps)
@@ -37,7 +38,9 @@ def learning_rate(step: int, peak: float, total_steps: int, settings: OptimConfi
 def parameter_groups(model: MultimodalLM, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups for AdamW; each carries `lr_scale`, which the trainer multiplies into the schedule's rate.
 
-    Frozen parts have their gradients switched off here. Vectors (biases, norms, SE gains) and embeddings are not decayed.
+    Frozen parts have their gradients switched off here. Vectors (biases, norms, layer scales) and the decoder's token embeddings,
+    with output embeddings tied to them, are not decayed. Everything else of two or more dimensions is: matrices, kernels, output
+    embeddings of their own, and also tables of positions, class tokens and a connector's latents.
     """
     parts = {
         "image_encoder": (model.image_encoder, config.image_encoder.train, config.image_encoder.lr_scale),

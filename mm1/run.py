@@ -121,6 +121,7 @@ class Run:
                     f"{self.folder} holds a run of another configuration. What differs: {'; '.join(differences)}. "
                     "Give this run another name=..., or delete that folder."
                 )
+            self.update(status="running")  # it was stopped, and goes on
             return
         self.update(
             name=config.run_name,

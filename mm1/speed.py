@@ -22,18 +22,25 @@ from configs.errors import UserError
 from data_pipelines.batch import PackedBatch
 from data_pipelines.loader import keep_freed_memory
 from mm1.model import packed_attention
+from mm1.model.isolation import check_decoder
 from mm1.model.onednn import use_onednn
 
 if TYPE_CHECKING:
+    from data_pipelines.config import PackingConfig
     from mm1.config import EngineConfig
     from mm1.model.multimodal import MultimodalLM
 
 
-def prepare(model: MultimodalLM, settings: EngineConfig, device: torch.device) -> None:
-    """Call it before the optimiser is made and after FLOPs are counted (fused operations are not seen by torch's counter)."""
+def prepare(model: MultimodalLM, settings: EngineConfig, device: torch.device, packing: PackingConfig | None = None) -> None:
+    """Call it before the optimiser is made and after FLOPs are counted (fused operations are not seen by torch's counter).
+
+    `packing`: of the sequences to come. Raises UserError for a decoder that cannot take them (mm1/model/isolation.py).
+    """
+    _choose_attention(model, settings, device)
+    if packing is not None:
+        check_decoder(model.decoder, packing)
     if settings.liger:
         _liger(model, device)
-    _choose_attention(model, settings, device)
     if device.type == "cpu" and settings.kernels == "auto":
         keep_freed_memory()
         if settings.precision == "fp32":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import replace
@@ -99,10 +100,12 @@ def build(config: TrainConfig, corpus: Path) -> tuple[MultimodalLM, Any]:
     import torch
 
     from data_pipelines.tokens import image_token_id, load_tokenizer
+    from mm1.model.connector import trust_connector
     from mm1.model.decoder import build_decoder
     from mm1.model.image_encoder import build_image_encoder
     from mm1.model.multimodal import MultimodalConfig, MultimodalLM
 
+    trust_connector(config.connector._target_)
     tokenizer = load_tokenizer(Path(config.decoder.tokenizer or config.decoder.path or corpus / "tokenizer"))
     torch.manual_seed(config.seed)
     encoder = build_image_encoder(config.image_encoder.settings(), load_weights=True)
@@ -136,19 +139,25 @@ def lane_stream(config: TrainConfig, corpus: Path, tokenizer: Any) -> LaneStream
 
 
 def validation_batches(config: TrainConfig, corpus: Path, tokenizer: Any) -> dict[str, list[PackedBatch]]:
-    """source -> the first `validation_sequences` sequences of its `val` split, the same for every run on this corpus."""
+    """source -> the first `validation_sequences` sequences of its `val` split, the same for every run on this corpus.
+
+    A source without a sample held out has none, which is said.
+    """
     from data_pipelines.lanes import LaneStream
     from data_pipelines.loader import PackedLoader
 
     batches: dict[str, list[PackedBatch]] = {}
     manifest = Manifest.load(corpus)
-    count = config.train.validation_sequences // config.engine.micro_batch * config.engine.micro_batch
-    for name, source in config.data.sources.items():
-        if count == 0 or "val" not in manifest.splits.get(name, {}):
+    count = config.train.validation_sequences
+    micro_batch = math.gcd(count, config.engine.micro_batch)
+    for name, source in config.data.sources.items() if count else ():
+        split = manifest.splits.get(name, {}).get("val")
+        if split is None or split.samples == 0:
+            say(f"  {name}: {manifest.corpus} holds nothing of it out, so it has no held-out loss")
             continue
         data = replace(config.data, sources={name: SourceConfig(kind=source.kind, ratio=1.0, split="val")})
         stream = LaneStream(corpus, data, config.packing, tokenizer, image_tokens=config.image_tokens, global_batch=count, seed=0)
-        loader = PackedLoader(stream, image_size=config.image_encoder.image_size, micro_batch=config.engine.micro_batch)
+        loader = PackedLoader(stream, image_size=config.image_encoder.image_size, micro_batch=micro_batch)
         batches[name] = next(iter(loader))
     return batches
 

@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,7 @@ from data_pipelines.faults import Fault, FaultLog, Loss, check_budgets
 from data_pipelines.lanes import LaneStream, totals
 from data_pipelines.loader import PackedLoader, naming_dead_workers
 from mm1.config import TrainConfig
-from mm1.engine import Engine, Workers
+from mm1.engine import PARTIAL, Engine, Workers
 from mm1.features import FrozenEncoder, kept, shared_out
 from mm1.flops import StepFlops, peak_flops
 from mm1.model.decoder import parameters_without_embeddings
@@ -58,7 +58,7 @@ class Trainer:
         self.peak_lr = config.optim.peak(parameters_without_embeddings(model.decoder))
         groups = parameter_groups(model, config)
         self.parameters = count_parameters(model)
-        prepare(model, config.engine, workers.device)
+        prepare(model, config.engine, workers.device, config.packing)
         self.engine = Engine(model, groups, workers, config.engine, config.optim, config.train.global_batch)
         # Compared with a checkpoint's: a tokeniser that was exchanged in its place, say, has the same path and other ids.
         self._identity = stream.identity() | {"image_encoder": {"image_size": model.config.image_size}}
@@ -68,6 +68,7 @@ class Trainer:
         self.lanes: dict[int, dict[str, Any]] = {}
         self.faults: list[Fault] = []
         """Found by this process since they were last reported."""
+        self.window = Window()
         self.seen = {"tokens": 0, "loss_tokens": 0, "images": 0, "flops": 0, "seconds": 0.0}
         self.frozen = config.image_encoder.train == "frozen"
         if self.frozen:
@@ -75,7 +76,7 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Run to the last step. Raises Interrupted after Ctrl-C or SIGTERM, with everything saved."""
-        self._resume()
+        generators = self._resume()
         total = self.config.train.steps
         loader = PackedLoader(
             self.stream,
@@ -97,26 +98,30 @@ class Trainer:
         bar = tqdm(total=total, initial=self.step, desc=self.run.name, unit="step", disable=quiet, dynamic_ncols=True)
         with stop_signals() as stop, naming_dead_workers():
             batches = iter(loader)
-            window = Window()
             while self.step < total:
                 began = time.perf_counter()
                 micro_batches = next(batches)
                 waited = time.perf_counter() - began
+                if generators is not None:  # not before the first batch: the loader draws a number of its own when it starts
+                    set_generators(generators, self.workers.device)
+                    generators = None
                 part = self._train_step(micro_batches, stopping=stop.requested)
                 elapsed = time.perf_counter() - began
                 self.seen["seconds"] += elapsed
-                window.add(part, waited, elapsed)
+                self.window.add(part, waited, elapsed)
                 self.step += 1
-                if self.step % self.config.train.log_every == 0 or self.step == total or part["stop"]:
+                logs = self.step % self.config.train.log_every == 0 or self.step == total
+                saves = self.step % self.config.train.checkpoint_every == 0 or self.step == total or part["stop"]
+                if logs or saves:
                     self._account()
-                if self.step % self.config.train.log_every == 0 or self.step == total:
-                    row = window.row(self.step, self._learning_rate(self.step - 1), self.workers.world, peak)
+                if logs:
+                    row = self.window.row(self.step, self._learning_rate(self.step - 1), self.workers.world, peak)
                     if log is not None:
                         log.write(row)
                         bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_s=f"{row['tokens_per_second']:.0f}")
-                    window = Window()
+                    self.window = Window()
                 bar.update()
-                if self.step % self.config.train.checkpoint_every == 0 or part["stop"] or self.step == total:
+                if saves:
                     self._save()
                 if part["stop"] and self.step < total:
                     bar.close()
@@ -212,6 +217,7 @@ class Trainer:
     def _account(self) -> None:
         """Lists new faults, notes what has come from each source so far, and stops a run that loses too much of one.
 
+        Before every checkpoint too: a run that goes on from it does not come by the faults before it again.
         All processes call it at the same steps. Raises UserError naming source, counts and budget.
         """
         own = {name: asdict(counts) for name, counts in totals(self.stream, self.lanes).items()}
@@ -234,18 +240,27 @@ class Trainer:
         if (folder := self.run.checkpoints / f"step-{self.step:07d}").exists():
             return
         lanes = {lane: state for part in self.workers.gather(self.lanes) for lane, state in part.items()}
-        state = {"step": self.step, "seen": self.seen, "rng": torch.get_rng_state(), "world": self.workers.world}
+        state = {"step": self.step, "seen": self.seen, "world": self.workers.world, "window": json.dumps(asdict(self.window))}
+        state["generators"] = self.workers.gather(get_generators(self.workers.device))
         state["lanes"], state["stream"] = json.dumps(lanes, separators=(",", ":")), json.dumps(self._identity)
         self.engine.save(folder, state)
         if self.workers.main:
             self.run.update(steps=self.step, sources=self.sources, **run_counters(self.seen))
-            for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.config.train.keep_checkpoints]:
+            for old in self._checkpoints()[: -self.config.train.keep_checkpoints]:
                 remove_tree(old)
 
-    def _resume(self) -> None:
-        found = sorted(p for p in self.run.checkpoints.glob("step-*") if not p.name.endswith(".partial"))
+    def _checkpoints(self) -> list[Path]:
+        """Whole ones, the oldest first."""
+        return sorted(path for path in self.run.checkpoints.glob("step-*") if path.suffix != PARTIAL)
+
+    def _resume(self) -> dict[str, torch.Tensor] | None:
+        """Back to the last checkpoint; returns the state that this process's generators had, or None without a checkpoint."""
+        if self.workers.main:
+            for torn in self.run.checkpoints.glob(f"step-*{PARTIAL}"):  # of a process that was killed while it saved
+                remove_tree(torn)
+        found = self._checkpoints()
         if not found:
-            return
+            return None
         state = self.engine.load(found[-1])
         if differences := config_differences(json.loads(state["stream"]), self._identity):
             raise UserError(
@@ -254,9 +269,13 @@ class Trainer:
             )
         self.step, self.seen = state["step"], self.seen | state["seen"]
         self.lanes = {int(lane): value for lane, value in json.loads(state["lanes"]).items()}
-        torch.set_rng_state(state["rng"])
         if self.workers.main:
             print(f"Going on from step {self.step} ({found[-1]}).")
+        if "generators" not in state:  # saved before there were windows and a state of each process
+            return {"cpu": state["rng"]}
+        self.window = Window(**json.loads(state["window"]))
+        # another number of processes has no draws to repeat
+        return state["generators"][self.workers.rank if state["world"] == self.workers.world else 0]
 
     def export(self, tokenizer: Any) -> None:
         """Write the save_pretrained folder (safetensors, configuration, tokeniser)."""
@@ -290,12 +309,26 @@ def run_counters(seen: dict[str, Any]) -> dict[str, Any]:
     } | {key: seen[key] for key in ("features_read", "features_computed") if key in seen}
 
 
-class Window:
-    """Sums over the steps since the last logged row."""
+def get_generators(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of the generators that dropout draws from: uint8, by kind of device; the GPU's where the model is on one."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
-    def __init__(self) -> None:
-        self.parts: list[dict[str, Any]] = []
-        self.waited = self.seconds = 0.0
+
+def set_generators(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Back to what `get_generators` returned; a generator that it did not know stays as it is."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@dataclass
+class Window:
+    """What the steps since the last logged row have to say; part of a checkpoint, so that a resumed run logs whole rows."""
+
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    waited: float = 0.0
+    seconds: float = 0.0
 
     def add(self, part: dict[str, Any], waited: float, seconds: float) -> None:
         self.parts.append(part)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,7 @@ from torch import nn
 from configs import CONFIG_DIR
 from configs.errors import UserError
 from mm1.model import config, connector, geometry
-from mm1.model.connector import Connector, build_connector
+from mm1.model.connector import Connector, build_connector, trust_connector
 
 torch.set_num_threads(1)
 
@@ -214,6 +217,24 @@ class TestRefusals:
         ]:
             with pytest.raises(UserError, match=said):
                 build_connector({"_target_": target}, in_width=4, grid=GRID, out_width=4)
+
+    def test_a_model_does_not_choose_what_is_imported(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = "import mm1.model.connector as c\nclass Own(c.AveragePooling): pass\n"
+        for name in ("unasked", "by_name", "by_variable"):
+            (tmp_path / f"own_connector_{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def build(name: str) -> Connector:
+            settings = {"_target_": f"own_connector_{name}.Own", "num_tokens": 4}
+            return build_connector(settings, in_width=4, grid=GRID, out_width=4)
+
+        with pytest.raises(UserError, match=r"own_connector_unasked.*import it before.*MM1_CONNECTORS=own_connector_unasked"):
+            build("unasked")
+        assert "own_connector_unasked" not in sys.modules
+        trust_connector("own_connector_by_name.Own")
+        assert type(build("by_name")).__name__ == "Own"
+        monkeypatch.setenv("MM1_CONNECTORS", "another,own_connector_by_variable")
+        assert type(build("by_variable")).__name__ == "Own"
 
     def test_build_names_an_unknown_key(self) -> None:
         settings = {"_target_": "mm1.model.connector.AveragePooling", "num_tokens": 9, "depth": 3}

@@ -85,3 +85,4 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth() -> None:
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[-1] == pytest.approx(0.1)
     assert all(a >= b for a, b in pairwise(rates[10:]))
+    assert learning_rate(10, 1.0, 11, settings) == 1.0  # the only step after warming up

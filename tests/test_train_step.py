@@ -33,6 +33,9 @@ CPU = torch.device("cpu")
 NAMES = ("input_ids", "images", "image_slots", "document_ids", "position_ids", "labels")
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512}
 GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+WINDOWED = LLAMA | {"model_type": "mistral", "sliding_window": 7}
+WINDOWED_IN_PART = LLAMA | {"model_type": "gemma3_text", "sliding_window": 7, "head_dim": 8}
+WINDOWED_IN_PART |= {"layer_types": ["sliding_attention", "full_attention"]}
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +78,31 @@ def close(
 
 @pytest.mark.parametrize(
     "decoder",
-    [LLAMA, LLAMA | {"num_key_value_heads": 4}, LLAMA | {"model_type": "qwen2"}, GPT2],
-    ids=["grouped", "all heads", "qwen2", "gpt2"],
+    [LLAMA, LLAMA | {"num_key_value_heads": 4}, LLAMA | {"model_type": "qwen2"}, GPT2, WINDOWED, WINDOWED_IN_PART],
+    ids=["grouped", "all heads", "qwen2", "gpt2", "mistral", "gemma3"],
 )
 def test_packed_attention_equals_a_dense_mask(batch: PackedBatch, decoder: dict[str, Any]) -> None:
     model = tiny_model(decoder=decoder).train().double()
     plain = step(model, batch)
     model.decoder.set_attn_implementation(packed_attention.NAME)
     close(step(model, batch), plain, 1e-12)
+
+
+@pytest.mark.parametrize("decoder", [WINDOWED, WINDOWED_IN_PART], ids=["mistral", "gemma3"])
+def test_a_packed_document_is_seen_through_the_windows_of_one_alone(batch: PackedBatch, decoder: dict[str, Any]) -> None:
+    """Logits under the dense mask against transformers' own masks for one document."""
+    model = tiny_model(decoder=decoder).eval().double()
+    row = int((batch.document_ids == 2).sum(dim=1).argmax())
+    own = batch.document_ids[row] == 2
+    assert own.sum() > 7
+    with torch.no_grad():
+        packed = model(
+            input_ids=batch.input_ids[row : row + 1],
+            document_ids=batch.document_ids[row : row + 1],
+            position_ids=batch.position_ids[row : row + 1],
+        ).logits[0, own]
+        alone = model.decoder(input_ids=batch.input_ids[row : row + 1, own]).logits[0]
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-12)
 
 
 def test_packed_attention_survives_recomputation(batch: PackedBatch) -> None:
@@ -127,12 +147,13 @@ def test_buckets_waste_little_and_hold_every_token_once() -> None:
     assert len(plan.buckets) < len(lengths)
 
 
-def test_block_masks_are_the_dense_mask(batch: PackedBatch) -> None:
+@pytest.mark.parametrize("window", [None, 7])
+def test_block_masks_are_the_dense_mask(batch: PackedBatch, window: int | None) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = torch.randn(3, 6, 2, 128, 16).unbind()
-    block_mask = packed_attention.documents_apart(batch.document_ids, "flex_attention", q.dtype)
-    dense = packed_attention.document_mask(batch.document_ids)
+    block_mask = packed_attention.document_block_mask(batch.document_ids, window)
+    dense = packed_attention.document_mask(batch.document_ids, window)
     with torch.no_grad():
         torch.testing.assert_close(
             flex_attention(q, k, v, block_mask=block_mask), F.scaled_dot_product_attention(q, k, v, attn_mask=dense)

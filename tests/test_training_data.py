@@ -168,6 +168,23 @@ def test_a_rank_without_images_does_not_keep_the_other_waiting(home: Path, corpu
         assert norm == pytest.approx(expected_norm, rel=2e-3)
 
 
+def test_held_out_sequences_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer than a micro-batch too; a source with nothing held out is said to have none, and ends no training."""
+    from configs.command import compose
+    from mm1.config import TrainConfig
+    from mm1.train import validation_batches
+    from tests.corpus import tokenizer, write_corpus
+    from tests.models import TRAIN_OVERRIDES
+
+    corpus = write_corpus(tmp_path / "thin", captions=1)
+    for count in (0, 2, 6):
+        overrides = [*TRAIN_OVERRIDES, f"data.corpus={corpus}", f"train.validation_sequences={count}", "engine.micro_batch=4"]
+        batches = validation_batches(compose("train", TrainConfig, overrides), corpus, tokenizer())
+        sizes = {name: sum(len(batch.input_ids) for batch in own) for name, own in batches.items()}
+        assert sizes == ({"interleaved": count, "text": count} if count else {})
+        assert ("captions: thin holds nothing of it out" in capsys.readouterr().out) == (count > 0)
+
+
 @pytest.mark.parametrize("unit", ["document", "token"])
 def test_other_units_train_and_report_their_shares(home: Path, corpus: Path, unit: str) -> None:
     train(home, corpus, f"data.unit={unit}", "data.block=4", "train.steps=12")

@@ -243,8 +243,9 @@ def _encoder(settings: str) -> Any:
 def _connector(settings: str, in_width: int, grid: tuple[int, int], out_width: int) -> Any:
     import torch
 
-    from mm1.model.connector import build_connector
+    from mm1.model.connector import build_connector, trust_connector
 
+    trust_connector(json.loads(settings)["_target_"])
     with torch.device("meta"):
         return build_connector(json.loads(settings), in_width=in_width, grid=grid, out_width=out_width)
 
@@ -369,7 +370,7 @@ def _memory(config: TrainConfig, parts: Parts, trained: int, step: Contents, pro
     """Bytes on one process. ZeRO-1 shares out the optimiser's states, 2 the gradients too, 3 the weights as well."""
     bf16 = config.engine.precision == "bf16"
     weight, gradient, optimiser = (2, 2, 12) if bf16 else (4, 4, 8)
-    stage = config.engine.zero_stage
+    stage = config.engine.stage
     held = weight * parts.parameters / (processes if stage >= 3 else 1)
     held += gradient * trained / (processes if stage >= 2 else 1) + optimiser * trained / (processes if stage >= 1 else 1)
     share = config.engine.micro_batch / config.train.global_batch

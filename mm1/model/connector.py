@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from functools import cached_property, partial
@@ -264,12 +266,15 @@ class PixelShuffle(Connector):
 
 
 FROM_THE_MODEL = ("in_width", "grid", "out_width")
+TRUSTED = "MM1_CONNECTORS"
+"""Environment variable: modules besides mm1's, separated by commas, that may be imported for a model that names them."""
 
 
 def build_connector(settings: dict[str, Any], *, in_width: int, grid: tuple[int, int], out_width: int) -> Connector:
     """Build the Connector that `settings["_target_"]` names ("package.module.Class"); the other settings are its keywords.
 
-    UserError if the class cannot be found or is no Connector, or if a setting is not one of its own.
+    UserError if the class cannot be found or is no Connector, if its module is neither imported nor trusted, or if a setting is
+    not one of its own.
     """
     own = dict(settings)
     target = str(own.pop("_target_", ""))
@@ -281,11 +286,30 @@ def build_connector(settings: dict[str, Any], *, in_width: int, grid: tuple[int,
     return cls(in_width=in_width, grid=grid, out_width=out_width, **own)
 
 
-def _connector_class(target: str) -> type[Connector]:
-    module, _, name = target.rpartition(".")
+def trust_connector(target: str) -> None:
+    """Import the module of a connector ("package.module.Class") that the user has named, so that models with it can be built.
+
+    UserError if there is no such module.
+    """
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        importlib.import_module(target.rpartition(".")[0])
+    except (ImportError, ValueError) as error:
+        raise UserError(f"connector._target_={target!r}: not to be found ({error}). Give package.module.Class.") from error
+
+
+def _connector_class(target: str) -> type[Connector]:
+    # A model's config.json names a class; it must not choose which code runs. Modules that are already there have run.
+    module, _, name = target.rpartition(".")
+    if module.split(".")[0] == "mm1" or module in os.environ.get(TRUSTED, "").split(","):
+        trust_connector(target)
+    if module not in sys.modules:
+        raise UserError(
+            f"connector._target_={target!r}: {module or 'its module'} is not part of this suite, and a model does not choose "
+            f"what is imported. If you trust it, import it before the model is loaded, or set {TRUSTED}={module}."
+        )
+    try:
+        found = getattr(sys.modules[module], name)
+    except AttributeError as error:
         raise UserError(f"connector._target_={target!r}: not to be found ({error}). Give package.module.Class.") from error
     if not (inspect.isclass(found) and issubclass(found, Connector)):
         raise UserError(f"connector._target_={target!r}: is not a mm1.model.connector.Connector. Give the class of a connector.")

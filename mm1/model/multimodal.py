@@ -224,7 +224,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             if unused is not None:
                 inputs_embeds = inputs_embeds + unused
         if document_ids is not None:
-            attention_mask = documents_apart(document_ids, self.decoder.config._attn_implementation, inputs_embeds.dtype)
+            attention_mask = documents_apart(document_ids, self.decoder.config, inputs_embeds.dtype)
         labelled = None if labels is None else labels != IGNORE
         self._keep = labelled
         try:

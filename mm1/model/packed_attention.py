@@ -15,7 +15,7 @@ attention be chosen runs it; given an ordinary mask or none (generation) it is t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,42 +25,66 @@ from transformers.masking_utils import sdpa_mask
 
 from configs.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 NAME = "packed"
+SLIDING = "sliding_attention"
+"""What transformers calls a type of layer that has a window."""
 FILL = 4 / 3
 """A bucket's longest document is at most this much longer than its shortest: at most FILL^2 of the pairs, in fewer calls."""
 
 
-def documents_apart(document_ids: torch.Tensor, implementation: str, dtype: torch.dtype) -> Any:
-    """What a decoder must be given as its mask to keep documents apart, under each of transformers' implementations."""
-    if implementation == NAME:
+def documents_apart(document_ids: torch.Tensor, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """What a decoder of this configuration must be given as its mask to keep documents apart, under each implementation.
+
+    Some decoders' layers see only the last `sliding_window` tokens. Where all do, the window is part of the mask; where some do,
+    it is a dictionary of masks by type of layer, as transformers' models take it. Packed attention hears of it from the layers.
+    """
+    if config._attn_implementation == NAME:
         return document_segments(document_ids)
+    window, types = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if window is None or window >= document_ids.shape[1] or (types and SLIDING not in types):
+        return _mask(document_ids, config._attn_implementation, dtype, None)
+    if not types:
+        return _mask(document_ids, config._attn_implementation, dtype, window)
+    return {kind: _mask(document_ids, config._attn_implementation, dtype, window if kind == SLIDING else None) for kind in types}
+
+
+def _mask(document_ids: torch.Tensor, implementation: str, dtype: torch.dtype, window: int | None) -> Any:
     if implementation == "flex_attention":
-        return document_block_mask(document_ids)
-    mask = document_mask(document_ids)
+        return document_block_mask(document_ids, window)
+    mask = document_mask(document_ids, window)
     if implementation == "sdpa":
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)  # the others add it to the scores
 
 
-def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """(B, S) document ids -> boolean (B, 1, S, S): query i sees key j iff j <= i and both belong to one document.
+def document_mask(document_ids: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """(B, S) document ids -> boolean (B, 1, S, S): query i sees key j iff j <= i, both are of one document, and i - j < window.
 
     Padding (id 0) sees padding, so that no row is empty; nothing reads what it computes.
     """
-    length = document_ids.shape[1]
     same = document_ids[:, :, None] == document_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return (same & causal)[:, None]
+    return (same & causal_mask(document_ids.shape[1], window, document_ids.device))[:, None]
 
 
-def document_block_mask(document_ids: torch.Tensor) -> Any:
+def causal_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Boolean (length, length): query i sees key j iff j <= i and, with a window, i - j < window."""
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask if window is None else mask.triu(1 - window)
+
+
+def document_block_mask(document_ids: torch.Tensor, window: int | None = None) -> Any:
     """The same as flex_attention's block mask: blocks of 128 x 128 in which no pair sees each other are never computed."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (q >= k) & (document_ids[b, q] == document_ids[b, k])
-
     rows, length = document_ids.shape
+    reach = length if window is None else window
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (q >= k) & (q - k < reach) & (document_ids[b, q] == document_ids[b, k])
+
     return create_block_mask(sees, rows, None, length, length, device=document_ids.device.type)
 
 
@@ -164,11 +188,14 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' interface: (B, heads, S, width) each -> (B, S, heads, width). Without segments as the mask it is `sdpa`."""
+    """transformers' interface: (B, heads, S, width) each -> (B, S, heads, width). Without segments as the mask it is `sdpa`.
+
+    A layer with a sliding window names it by keyword, `sliding_window`.
+    """
     if not is_segments(attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     assert attention_mask is not None
-    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+    if any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
         raise UserError(
             f"engine.attention=packed: {type(module).__name__} caps or biases its scores, which packed attention does not. "
             "Set engine.attention=dense."
@@ -184,12 +211,13 @@ def packed_attention(
         for states in taken
     ]
     groups = query.shape[1] // key.shape[1]
-    outputs = []
+    window, outputs = kwargs.get("sliding_window"), []
     for q, k, v in zip(*parts, strict=True):
         q, k, v = (states.transpose(1, 2) for states in (q, k, v))
         if groups > 1:
             k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        banded = None if window is None or window >= q.shape[2] else causal_mask(q.shape[2], window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, banded, dropout, is_causal=banded is None, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return _Put.apply(torch.cat(outputs), layout, query.shape[0], query.shape[2]), None
 
