@@ -7,6 +7,7 @@ What is no setting of this command is one of every cell: `data=shapes train.step
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,18 @@ from typing import Any
 
 from ablations.suites.composing import named
 from ablations.suites.launchers import LauncherConfig
-from ablations.suites.record import DAMAGED, FAILED, FINISHED, TRAINED, SuiteFolder, claimed, state_of, suites_folder
+from ablations.suites.record import (
+    DAMAGED,
+    FAILED,
+    FINISHED,
+    TRAINED,
+    State,
+    SuiteCell,
+    SuiteFolder,
+    claimed,
+    state_of,
+    suites_folder,
+)
 from ablations.suites.suite import SCALES, SuiteConfig, suite_names
 from configs.command import command
 from configs.errors import UserError
@@ -169,35 +181,55 @@ def _check_name(suite: SuiteConfig) -> None:
 # --------------------------------------------------------------------------------------------------------------- actions
 
 
-def _run(config: RunConfig, extra: Sequence[str]) -> int:
-    from dataclasses import asdict
+@dataclass
+class Plan:
+    """What a call of this command is to do. `everything`: all cells of the suite, `cells`: those to be run now (cells=[...])."""
 
+    suite: SuiteConfig
+    place: SuiteFolder
+    everything: list[SuiteCell]
+    cells: list[SuiteCell]
+    states: list[State]
+    parallel: int
+    threads: int
+    gpus: int
+
+    @property
+    def runs(self) -> list[tuple[SuiteCell, State]]:
+        """One of each hash: cells that are the same training are run once."""
+        return list({cell.hash: (cell, state) for cell, state in zip(self.cells, self.states, strict=True)}.values())
+
+
+def _run(config: RunConfig, extra: Sequence[str]) -> int:
+    dry = config.dry_run or config.action == "plan"
+    plan = _plan(config, extra, prepare=not dry)
+    _show(config, plan)
+    return 0 if dry else _train(config, plan)
+
+
+def _plan(config: RunConfig, extra: Sequence[str], prepare: bool) -> Plan:
+    """All that can be wrong is said here. `prepare`: corpora that are not there are made, for hashes need them."""
     from ablations.suites.composing import Composer
     from ablations.suites.evaluation import check_evaluation
-    from ablations.suites.planning import build_cells, evaluation_keys, evaluation_seconds, suite_folder, with_seconds, write_job
-    from ablations.suites.runner import Runner
-    from ablations.suites.show import plan_table
+    from ablations.suites.planning import build_cells, evaluation_keys, suite_folder, with_seconds
     from ablations.suites.suite import plan_cells
     from data_pipelines.prepare import ensure_corpus
 
-    suite = config.suite
+    suite, scale = config.suite, config.scale_name
     assert suite is not None
-    dry = config.dry_run or config.action == "plan"
-    corpora = list(dict.fromkeys(cell.config.data.corpus for cell in plan_cells(suite, config.scale_name, extra=extra)))
-    if not dry:  # hashes need the corpora
-        for name in corpora:
-            ensure_corpus(name)
+    corpora = list(dict.fromkeys(cell.config.data.corpus for cell in plan_cells(suite, scale, extra=extra)))
+    for name in corpora if prepare else ():
+        ensure_corpus(name)
     check_evaluation(suite.evaluation, corpora)
-    cells = build_cells(suite, config.scale_name, seeds=config.seed_list(), extra=extra, processes=config.processes)
-    everything = cells
+    everything = build_cells(suite, scale, seeds=config.seed_list(), extra=extra, processes=config.processes)
+    cells = everything
     if config.cells:
-        if unknown := set(config.cells) - {cell.label for cell in cells}:
-            known = ", ".join(dict.fromkeys(cell.label for cell in cells))
+        if unknown := set(config.cells) - {cell.label for cell in everything}:
+            known = ", ".join(dict.fromkeys(cell.label for cell in everything))
             raise UserError(f"cells: {', '.join(sorted(unknown))} are not in the suite. There are: {known}.")
-        cells = [cell for cell in cells if cell.baseline or cell.label in config.cells]
-    place = suite_folder(suite.name, config.scale_name, extra, config.folder)
-    place.check(suite.name, config.scale_name)
-    keys = evaluation_keys(suite.evaluation)
+        cells = [cell for cell in everything if cell.baseline or cell.label in config.cells]
+    place = suite_folder(suite.name, scale, extra, config.folder)
+    place.check(suite.name, scale)
     if config.tflops is not None:
         peak = config.tflops * 1e12 * config.mfu * config.processes
         cells = [replace(cell, cost=cell.cost | {"seconds": cell.cost["flops"] / peak}) for cell in cells]
@@ -206,54 +238,72 @@ def _run(config: RunConfig, extra: Sequence[str]) -> int:
         parallel, threads, gpus = carried(config, max(cell.cost["memory"] for cell in cells))
         measure = config.calibrate and _fits(cells, gpus)
         cells = with_seconds(cells, Composer(), threads=threads, processes=parallel, measure=measure)
+    keys = evaluation_keys(suite.evaluation)
     states = [state_of(place, cell, keys, config.retries) for cell in cells]
+    return Plan(suite, place, everything, cells, states, parallel, threads, gpus)
+
+
+def _show(config: RunConfig, plan: Plan) -> None:
+    from ablations.suites.planning import evaluation_seconds
+    from ablations.suites.show import plan_table
+
+    suite = plan.suite
     print(f"Suite {suite.name} at scale {config.scale_name}: {suite.about}\nMatched by {suite.matching}. Per seed:\n")
-    print(plan_table(cells, states, dollars_an_hour=config.price_per_hour, devices=config.processes))
+    print(plan_table(plan.cells, plan.states, dollars_an_hour=config.price_per_hour, devices=config.processes))
     if config.tflops is not None:
         print(f"Assumed: {config.tflops:g} TFLOP/s a device, {config.mfu:.0%} of it reached (MFU), evaluation left out.")
-    else:
-        runs = {cell.hash: (cell, state) for cell, state in zip(cells, states, strict=True)}.values()
-        left = sum(cell.cost.get("seconds", float("nan")) for cell, _ in runs if not cell.trained)
-        wall = "time unknown"
-        if left == left:
-            evaluating = evaluation_seconds(suite.evaluation) * sum(state.name != FINISHED for _, state in runs)
-            also = (
-                f" and {evaluating / parallel / 3600:.1f} of evaluation"
-                if config.scale_name == "tiny"
-                else " and the evaluations"
-            )
-            wall = f"about {left / parallel / 3600:.1f} hours of training{also}"
-        print(f"{parallel} at once, {threads} threads each{f', {gpus} GPUs' if gpus else ''}: {wall}.")
-    if dry:
-        return 0
+        return
+    left = sum(cell.cost.get("seconds", math.nan) for cell, _ in plan.runs if not cell.trained)
+    wall = "time unknown"
+    if not math.isnan(left):
+        evaluating = evaluation_seconds(suite.evaluation) * sum(state.name != FINISHED for _, state in plan.runs)
+        also = f"{evaluating / plan.parallel / 3600:.1f} of evaluation" if config.scale_name == "tiny" else "the evaluations"
+        wall = f"about {left / plan.parallel / 3600:.1f} hours of training and {also}"
+    print(f"{plan.parallel} at once, {plan.threads} threads each{f', {plan.gpus} GPUs' if plan.gpus else ''}: {wall}.")
+
+
+def _train(config: RunConfig, plan: Plan) -> int:
+    """Returns the exit status: 0, 1 with cells that failed, 130 where a signal stopped it."""
+    from dataclasses import asdict
+
     from ablations.suites.launchers import make_launcher
+    from ablations.suites.planning import evaluation_keys, write_job
+    from ablations.suites.runner import Runner
 
-    launcher = make_launcher(config.launcher, place.folder, gpus)
-    local = config.launcher.kind == "local" and not gpus
+    suite, place, cells = plan.suite, plan.place, plan.cells
+    launcher = make_launcher(config.launcher, place.folder, plan.gpus)
+    submitted = config.launcher.kind == "submitit"
+    threads = plan.threads if config.launcher.kind == "local" and not plan.gpus else None
 
-    def job(cell: Any) -> Path:
-        return write_job(place, cell, suite.evaluation, train=launcher.train, threads=threads if local else None)
+    def job(cell: SuiteCell) -> Path:
+        return write_job(place, cell, suite.evaluation, train=launcher.train, threads=threads)
 
-    wide = len({cell.hash for cell in cells}) if config.launcher.kind == "submitit" and config.parallel is None else parallel
     with place.lock():  # a plan is written only by the one runner that works on it
         costed = {cell.name: cell for cell in cells}
-        planned = [costed.get(cell.name, cell) for cell in everything]
+        planned = [costed.get(cell.name, cell) for cell in plan.everything]
         place.save(asdict(suite), config.scale_name, as_typed([*sys.argv[1:], *_EXTRA], place.folder), planned)
         print(f"Logs and state: {place.folder}", flush=True)
-        runner = Runner(place, cells, launcher, job, evaluations=keys, parallel=wide, retries=config.retries)
+        runner = Runner(
+            place,
+            cells,
+            launcher,
+            job,
+            evaluations=evaluation_keys(suite.evaluation),
+            parallel=len(plan.runs) if submitted and config.parallel is None else plan.parallel,
+            retries=config.retries,
+        )
         final = runner.run()
-    failed = [cell.name for cell in runner.cells.values() if final[cell.hash].name not in (FINISHED,)]
     itself = shlex.join(place.arguments(suite.name, config.scale_name))
     if runner.stopping:
         print(f"Stopped. Go on with the same command, or: python -m ablations.run resume {itself}")
         return 130
-    if failed:
+    if failed := [cell.name for cell in runner.cells.values() if final[cell.hash].name != FINISHED]:
         print(f"{len(failed)} runs are not finished: {', '.join(failed[:10])}. See {place.folder / 'logs'}", file=sys.stderr)
         for cell in runner.cells.values():
             if final[cell.hash].name == FAILED and not claimed(cell.hash):
                 print(f"\n{cell.name}:\n{final[cell.hash].note}", file=sys.stderr)
         return 1
-    what = "All finished." if not config.cells else f"Finished: {', '.join(dict.fromkeys(cell.label for cell in cells))}."
+    what = f"Finished: {', '.join(dict.fromkeys(cell.label for cell in cells))}." if config.cells else "All finished."
     print(f"{what} Table and report: python -m ablations.table {itself}")
     return 0
 
