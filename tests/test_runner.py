@@ -257,6 +257,11 @@ def test_a_half_written_result_is_damage_and_not_evaluated_over(home: Path) -> N
     (results / "summary.json").write_text('{"version": 1}')
     assert state_of(fake.place, cell, ["key"], 0).name == "finished"
     assert state_of(fake.place, cell, ["key", "another"], 0).name == "trained"
+    update_record(fake.place.record_path(cell), evaluations={"key": None})  # TextCore's results have no folder of their own
+    assert state_of(fake.place, cell, ["key"], 0).name == "trained"
+    (cell.folder / "results" / "textcore").mkdir()
+    (cell.folder / "results" / "textcore" / "abc.json").write_text("{}")
+    assert state_of(fake.place, cell, ["key"], 0).name == "finished"
 
 
 def test_more_seeds_later_join_the_plan(home: Path) -> None:

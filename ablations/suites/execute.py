@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 from ablations.reading import read_object
-from ablations.suites.record import FAILED, FINISHED, INTERRUPTED, RECORD_VERSION, RUNNING, update_record
+from ablations.suites.record import FAILED, FINISHED, INTERRUPTED, RECORD_VERSION, RUNNING, has_textcore, update_record
 from mm1.run import Run
 
 STOPPED = 130
@@ -75,7 +75,7 @@ def _done(command: dict[str, Any], run: Run, record: dict[str, Any]) -> bool:
     if key not in record.get("evaluations", {}):
         return False
     folder = record["evaluations"][key]
-    return folder is None or (run.results / folder / "summary.json").is_file()
+    return has_textcore(run) if folder is None else (run.results / folder / "summary.json").is_file()
 
 
 def _results(command: dict[str, Any]) -> str:

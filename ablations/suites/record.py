@@ -250,6 +250,8 @@ def evaluated(record: dict[str, Any], cell: SuiteCell, evaluations: Sequence[str
         if key not in done:
             return False
         if done[key] is None:
+            if not has_textcore(cell.run):
+                return False
             continue
         path = cell.folder / "results" / done[key] / "summary.json"
         if not path.is_file():
@@ -259,6 +261,11 @@ def evaluated(record: dict[str, Any], cell: SuiteCell, evaluations: Sequence[str
         except ValueError as error:  # no JSON, or no UTF-8
             raise UserError(f"{path} is half-written ({error}). Delete {path.parent} to evaluate again.") from error
     return True
+
+
+def has_textcore(run: Run) -> bool:
+    """Whether results of eval.textcore are there still. They have no folder of their own, so a cell's record names none."""
+    return any((run.results / "textcore").glob("*.json"))
 
 
 def state_of(suite: SuiteFolder, cell: SuiteCell, evaluations: Sequence[str], retries: int) -> State:
