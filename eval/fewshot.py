@@ -12,7 +12,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ from eval.controls import IMAGES
 from eval.device import check_device
 from eval.metrics.vqa import check_answers
 from eval.nearest import EncoderFeatures
-from eval.plan import make_plan
+from eval.plan import Plan, make_plan
 from eval.results import Results, render
 from eval.tasks.official.presence import check_compared, check_images
 from eval.tasks.pool import TaskData
-from eval.tasks.settings import load_settings
+from eval.tasks.settings import TaskSettings, load_settings
 from eval.tasks.sources import read_sources, split_names
 from eval.workers import Cell, Encoded, messages
 from mm1.attention.settings import SparqSettings
@@ -166,12 +166,7 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
     _, own = split_names(config.tasks, config.datasets)
     # official files alone need no corpus: the folder of datasets stands for it
     target = resolve(config.run, config.task_corpus or (config.datasets if own == [] else None))
-    tasks, corpus, fingerprint = read_sources(
-        config.tasks, corpus=target.corpus, datasets=config.datasets, overrides=config.files, shots=max(config.shots, default=0)
-    )
-    settings = {
-        task.name: load_settings(task.name, task.kind, prompts=config.prompts, vqa_metric=config.vqa_metric) for task in tasks
-    }
+    tasks, corpus, fingerprint, settings = _read(config, target.corpus)
     features = None
     if config.demonstrations == "nearest":
         check_compared(tasks, limit=config.limit, seed=config.seed)
@@ -183,6 +178,49 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
             folder=by.results / "features",
             device=config.device,
         )
+    plan = _plan(config, tasks, corpus, fingerprint, settings, features)
+    check_images(tasks, plan, IMAGES[config.images])
+    results = Results(
+        target.results,
+        plan,
+        {task.name: task for task in tasks},
+        settings,
+        IMAGES[config.images],
+        config.dtype,
+        {"name": target.name, "hash": target.hash},
+        target.weights,
+        config.sparq if config.attention == "sparq" else None,
+    )
+    return target, results
+
+
+def check(config: EvalConfig, corpus: Path) -> None:
+    """Raises UserError for what `prepare` would refuse about tasks, settings and plan, for a run of this corpus that is not there
+    yet. The nearest images are known by an encoder that is not trained: as many must be there as for any other demonstrations."""
+    if config.demonstrations == "nearest":
+        config = replace(config, demonstrations="per_query", nearest_by=None)
+    _plan(config, *_read(config, corpus), features=None)
+
+
+def _read(config: EvalConfig, corpus: Path) -> tuple[list[TaskData], str, str, dict[str, TaskSettings]]:
+    """(tasks, the name of what they come from, its fingerprint, settings by task)."""
+    tasks, name, fingerprint = read_sources(
+        config.tasks, corpus=corpus, datasets=config.datasets, overrides=config.files, shots=max(config.shots, default=0)
+    )
+    settings = {
+        task.name: load_settings(task.name, task.kind, prompts=config.prompts, vqa_metric=config.vqa_metric) for task in tasks
+    }
+    return tasks, name, fingerprint, settings
+
+
+def _plan(
+    config: EvalConfig,
+    tasks: list[TaskData],
+    corpus: str,
+    fingerprint: str,
+    settings: dict[str, TaskSettings],
+    features: EncoderFeatures | None,
+) -> Plan:
     plan = make_plan(
         tasks,
         corpus=corpus,
@@ -199,19 +237,7 @@ def prepare(config: EvalConfig) -> tuple[Target, Results]:
             _check_answers(task, plan.tasks[task.name].queries, settings[task.name].metric)
         if task.kind == "captioning" and len(plan.tasks[task.name].queries) < 2:
             raise UserError(f"Task {task.name}: CIDEr of fewer than 2 images is always 0. Raise limit=...")
-    check_images(tasks, plan, IMAGES[config.images])
-    results = Results(
-        target.results,
-        plan,
-        {task.name: task for task in tasks},
-        settings,
-        IMAGES[config.images],
-        config.dtype,
-        {"name": target.name, "hash": target.hash},
-        target.weights,
-        config.sparq if config.attention == "sparq" else None,
-    )
-    return target, results
+    return plan
 
 
 def _check_answers(task: TaskData, queries: Sequence[str], metric: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ablations.suites.composing import first_line
@@ -17,12 +16,14 @@ def check_evaluation(evaluation: EvaluationConfig, corpora: Iterable[str]) -> No
 
     `corpora`: names or folders of those that the cells are trained on; one that is not prepared is left out. Raises UserError.
     """
+    from eval.fewshot import check
+
     for overrides in evaluation.fewshot():
         config = _composed("eval.fewshot", overrides)
         for name in dict.fromkeys(config.task_corpus or name for name in corpora):
             folder = paths.corpus(name)
             if config.datasets is not None or (folder / "manifest.json").is_file():
-                _check_plan(config, folder)
+                check(config, folder)
     if evaluation.textcore is not None:
         _composed("eval.textcore", evaluation.textcore)
 
@@ -43,25 +44,3 @@ def _composed(command: str, overrides: Sequence[str]) -> Any:
         raise UserError(f"evaluation, as python -m {command} {' '.join(overrides)}: {first_line(error)}") from error
     except UserError as error:
         raise UserError(f"evaluation, as python -m {command} {' '.join(overrides)}: {error}") from error
-
-
-def _check_plan(config: Any, corpus: Path) -> None:
-    from eval.plan import make_plan
-    from eval.tasks.settings import load_settings
-    from eval.tasks.sources import read_sources
-
-    tasks, name, fingerprint = read_sources(
-        config.tasks, corpus=corpus, datasets=config.datasets, overrides=config.files, shots=max(config.shots, default=0)
-    )
-    for task in tasks:
-        load_settings(task.name, task.kind, prompts=config.prompts, vqa_metric=config.vqa_metric)
-    make_plan(
-        tasks,
-        corpus=name,
-        corpus_fingerprint=fingerprint,
-        shots=config.shots,
-        limit=config.limit,
-        seed=config.seed,
-        # the nearest images are known by an encoder that is not trained yet; as many must be there as for any other mode
-        mode="per_query" if config.demonstrations == "nearest" else config.demonstrations,
-    )
