@@ -20,19 +20,8 @@ from eval.tasks.official.tasks import official_names, read_official
 from eval.tasks.pool import Pool, TaskData
 from eval.tasks.settings import load_settings
 from eval.tasks.sources import read_sources
-from tests.official import OPEN_IMAGES, TRAIN, coco_name, picture, write_all
+from tests.official import OPEN_IMAGES, TRAIN, coco_name, picture
 from tests.test_fewshot import write_tasks
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("vl"))
-
-
-@pytest.fixture
-def datasets(shared: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(shared, tmp_path / "vl"))
 
 
 def read(datasets: Path, name: str, shots: int = 2, **override: Any) -> TaskData:
@@ -51,13 +40,13 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_every_task_names_its_metric_and_reads_its_files(shared: Path) -> None:
+def test_every_task_names_its_metric_and_reads_its_files(official_files: Path) -> None:
     assert official_names() == ["coco", "coco_karpathy", "gqa", "nocaps", "okvqa", "textcaps", "textvqa", "vizwiz", "vqav2"]
-    metrics = {name: load_settings(name, read(shared, name).kind).metric for name in official_names()}
+    metrics = {name: load_settings(name, read(official_files, name).kind).metric for name in official_names()}
     assert {name for name, metric in metrics.items() if metric == "cider_d"} == {"coco", "coco_karpathy", "nocaps", "textcaps"}
     assert (metrics["vqav2"], metrics["vizwiz"], metrics["textvqa"]) == ("vqa_official", "vqa_official", "textvqa_evalai")
     for name in official_names():
-        task = read(shared, name)
+        task = read(official_files, name)
         for pool in (task.queries, support(task)):
             for item in pool.ids:
                 example = pool.example(item)
@@ -66,8 +55,8 @@ def test_every_task_names_its_metric_and_reads_its_files(shared: Path) -> None:
         assert not set(task.queries.image_ids.values()) & set(support(task).image_ids.values())
 
 
-def test_coco_groups_the_captions_of_an_image(shared: Path) -> None:
-    task = read(shared, "coco")
+def test_coco_groups_the_captions_of_an_image(official_files: Path) -> None:
+    task = read(official_files, "coco")
     name = coco_name("val", 42)
     said = ("one of 42", "two of 42")
     assert task.queries.example(name) == Example(name, name, picture(name), None, said)
@@ -75,48 +64,48 @@ def test_coco_groups_the_captions_of_an_image(shared: Path) -> None:
     assert support(task).ids == [coco_name("train", number) for number in TRAIN]
 
 
-def test_karpathys_splits_take_images_of_both_folders(shared: Path) -> None:
-    task = read(shared, "coco_karpathy")
+def test_karpathys_splits_take_images_of_both_folders(official_files: Path) -> None:
+    task = read(official_files, "coco_karpathy")
     assert task.queries.ids == [coco_name("val", 391895), coco_name("val", 7)]
     assert support(task).ids == [*(coco_name("train", number) for number in TRAIN), coco_name("val", 42)]
     assert support(task).example(coco_name("val", 42)).references == ("A of 42", "B of 42")
 
 
-def test_nocaps_takes_demonstrations_from_coco_without_mixing_up_their_numbers(shared: Path) -> None:
-    task = read(shared, "nocaps", shots=5)
+def test_nocaps_takes_demonstrations_from_coco_without_mixing_up_their_numbers(official_files: Path) -> None:
+    task = read(official_files, "nocaps", shots=5)
     assert task.queries.example("0013ea2087020901.jpg").references == ("one of 9", "two of 9")
     plan = make_plan([task], corpus="", corpus_fingerprint="", shots=[5], limit=None, seed=0)
     everything = {coco_name("train", number) for number in TRAIN}  # among them 9 and 25, which NoCaps has as other images
     assert all(set(shown) == everything for shown in plan.tasks["nocaps"].demonstrations.values())
 
 
-def test_textcaps_groups_and_textvqa_shows_no_ocr_tokens(shared: Path) -> None:
-    captions = read(shared, "textcaps").queries
+def test_textcaps_groups_and_textvqa_shows_no_ocr_tokens(official_files: Path) -> None:
+    captions = read(official_files, "textcaps").queries
     image = f"{OPEN_IMAGES[1]}.jpg"
     assert captions.ids == [f"{name}.jpg" for name in OPEN_IMAGES]
     assert captions.example(image).references == (f"reads {OPEN_IMAGES[1]}", f"says {OPEN_IMAGES[1]}")
-    asked = read(shared, "textvqa").queries
+    asked = read(official_files, "textvqa").queries
     assert asked.ids == ["34612", "34611", "34610", "34609"]
     assert asked.example("34611") == Example("34611", image, picture(image), "what is written on 1?", ("stop",) * 6 + ("go",) * 4)
     assert asked.image_ids["34612"] == asked.image_ids["34609"]
 
 
 @pytest.mark.parametrize("name", ["vqav2", "okvqa"])
-def test_questions_meet_their_annotations_by_id_and_images_by_number(shared: Path, name: str) -> None:
-    task = read(shared, name)
+def test_questions_meet_their_annotations_by_id_and_images_by_number(official_files: Path, name: str) -> None:
+    task = read(official_files, name)
     image = "COCO_val2014_000000000042.jpg"
     assert task.queries.ids == ["391895001", "42001", "7001", "391895000", "42000", "7000"]
     assert task.queries.example("42001") == Example("42001", image, picture(image), "is it 42001?", ("no 42001",) * 10)
     assert support(task).example("9000").image_id == "COCO_train2014_000000000009.jpg"
-    raw = read(shared, name, query={"json": {"answer_key": "raw_answer"}}).queries
+    raw = read(official_files, name, query={"json": {"answer_key": "raw_answer"}}).queries
     assert raw.example("42001").references == ("raw 42001",) * 10
 
 
-def test_gqa_has_one_answer_and_vizwiz_keeps_unanswerable_and_counts_positions(shared: Path) -> None:
-    asked = read(shared, "gqa").queries
+def test_gqa_has_one_answer_and_vizwiz_keeps_unanswerable_and_counts_positions(official_files: Path) -> None:
+    asked = read(official_files, "gqa").queries
     assert asked.ids == ["20100", "2099", "2098", "2097", "2096"]
     assert asked.example("2099") == Example("2099", "n578847.jpg", picture("n578847.jpg"), "is n578847 indoors?", ("yes",))
-    task = read(shared, "vizwiz")
+    task = read(official_files, "vizwiz")
     assert (task.queries.ids, support(task).ids) == (["val-0", "val-1", "val-2"], ["train-0", "train-1", "train-2"])
     shown = task.queries.example("val-2")
     assert shown.image_id == "VizWiz_val_00000017.jpg"
@@ -160,27 +149,27 @@ def test_the_fingerprint_covers_what_the_annotations_say_and_nothing_else(datase
     assert fingerprint(shots=0) != zero
 
 
-def test_official_tasks_stand_beside_the_corpuss_own(shared: Path, tmp_path: Path) -> None:
+def test_official_tasks_stand_beside_the_corpuss_own(official_files: Path, tmp_path: Path) -> None:
     corpus = write_tasks(tmp_path / "toy")
     own = read_sources(["names"], corpus=corpus, datasets=None)
     assert [task.name for task in own[0]] == ["names"]
     everything = read_sources(None, corpus=corpus, datasets=None)
     assert [task.name for task in everything[0]] == [task.name for task in read_tasks(corpus)]
-    both = read_sources(["gqa", "names", "coco"], corpus=corpus, datasets=str(shared), shots=2)
+    both = read_sources(["gqa", "names", "coco"], corpus=corpus, datasets=str(official_files), shots=2)
     assert [task.name for task in both[0]] == ["gqa", "names", "coco"]
-    alone = read_sources(["gqa", "coco"], corpus=tmp_path / "there is none", datasets=str(shared), shots=2)
+    alone = read_sources(["gqa", "coco"], corpus=tmp_path / "there is none", datasets=str(official_files), shots=2)
     assert len({own[2], both[2], alone[2]}) == 3
-    assert (own[1], both[1], alone[1]) == ("toy", f"toy+{shared.name}", shared.name)
+    assert (own[1], both[1], alone[1]) == ("toy", f"toy+{official_files.name}", official_files.name)
     with pytest.raises(
         UserError, match=r"gqqa: not among .*\(colours, questions, names\), nor from official files \(coco, coco_k"
     ):
-        read_sources(["gqa", "gqqa"], corpus=corpus, datasets=str(shared))
+        read_sources(["gqa", "gqqa"], corpus=corpus, datasets=str(official_files))
     with pytest.raises(UserError, match="Those are read with datasets=FOLDER"):
         read_sources(["gqa"], corpus=corpus, datasets=None)
     with pytest.raises(UserError, match=r"say which tasks.*coco, coco_karpathy"):
-        read_sources(None, corpus=corpus, datasets=str(shared))
+        read_sources(None, corpus=corpus, datasets=str(official_files))
     with pytest.raises(UserError, match="gqa given twice"):
-        read_sources(["gqa", "gqa"], corpus=corpus, datasets=str(shared))
+        read_sources(["gqa", "gqa"], corpus=corpus, datasets=str(official_files))
     with pytest.raises(UserError, match=r"only tasks from official files have them"):
         read_sources(["names"], corpus=corpus, datasets=None, overrides={"gqa": {}})
 
@@ -360,25 +349,25 @@ def test_damaged_and_empty_files_are_refused(datasets: Path) -> None:
         read(datasets, "textcaps")
 
 
-def test_overrides_change_what_is_there_and_add_nothing(shared: Path) -> None:
+def test_overrides_change_what_is_there_and_add_nothing(official_files: Path) -> None:
     with pytest.raises(
         UserError, match=r"files\.gqa\.query\.json\.image: no such key. Known there: _target_, annotations, images"
     ):
-        read(shared, "gqa", query={"json": {"image": "x"}})
+        read(official_files, "gqa", query={"json": {"image": "x"}})
     with pytest.raises(UserError, match=r"files\.gqa\.query=x: replaces a whole section"):
-        read(shared, "gqa", query="x")
+        read(official_files, "gqa", query="x")
     with pytest.raises(UserError, match="choose from auto, json, parquet"):
-        read(shared, "gqa", format="csv")
+        read(official_files, "gqa", format="csv")
     with pytest.raises(UserError, match=r"no reader eval\.tasks\.official\.vqa\.gqaa"):
-        read(shared, "gqa", query={"json": {"_target_": "eval.tasks.official.vqa.gqaa"}})
+        read(official_files, "gqa", query={"json": {"_target_": "eval.tasks.official.vqa.gqaa"}})
     with pytest.raises(UserError, match=r"files\.gqa\.query\.json: got an unexpected keyword argument 'image_file'"):
-        read(shared, "gqa", query={"json": {"_target_": "eval.tasks.official.vqa.vizwiz"}})
+        read(official_files, "gqa", query={"json": {"_target_": "eval.tasks.official.vqa.vizwiz"}})
     with pytest.raises(UserError, match=r"image_file=%d\.jpg: makes no file name of the image id 'n161313'"):
-        read(shared, "gqa", query={"json": {"image_file": "%d.jpg"}})
+        read(official_files, "gqa", query={"json": {"image_file": "%d.jpg"}})
     with pytest.raises(UserError, match=r"no image of split dev; there are restval, test, train"):
-        read(shared, "coco_karpathy", query={"json": {"splits": "dev"}})
+        read(official_files, "coco_karpathy", query={"json": {"splits": "dev"}})
     with pytest.raises(UserError, match=r"files\.coco: no such task is evaluated"):
-        read_official(shared, ["gqa"], overrides={"coco": {}})
+        read_official(official_files, ["gqa"], overrides={"coco": {}})
 
 
 def test_an_image_that_goes_away_is_named(datasets: Path) -> None:

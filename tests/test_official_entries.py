@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,12 @@ import pytest
 
 from configs.errors import UserError
 from eval.tasks.official.tasks import read_official
-from tests.official import coco_name, write_all
+from tests.official import coco_name
 from tests.test_official import edit
 
 COCO, KARPATHY = "coco/annotations/captions_val2014.json", "coco/dataset_coco.json"
 GQA, TEXTVQA = "gqa/testdev_balanced_questions.json", "textvqa/TextVQA_0.5.1_val.json"
 ASKED, ANSWERED = "vqav2/v2_OpenEnded_mscoco_val2014_questions.json", "vqav2/v2_mscoco_val2014_annotations.json"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("vl"))
-
-
-@pytest.fixture
-def datasets(shared: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
-    return Path(shutil.copytree(shared, tmp_path / "vl"))
 
 
 CASES: list[tuple[str, str, Callable[[Any], Any], str]] = [
@@ -94,9 +82,9 @@ def test_json_that_nests_without_an_end_is_refused(datasets: Path) -> None:
 
 
 @pytest.mark.parametrize("section", ["json", "parquet"])
-def test_an_override_keeps_the_type_of_what_it_replaces(shared: Path, section: str) -> None:
+def test_an_override_keeps_the_type_of_what_it_replaces(official_files: Path, section: str) -> None:
     key = {"json": "images", "parquet": "folder"}[section]
     with pytest.raises(UserError, match=rf"files\.gqa\.query\.{section}\.{key}=None: give a text, such as gqa/"):
-        read_official(shared, ["gqa"], overrides={"gqa": {"query": {section: {key: None}}}})
+        read_official(official_files, ["gqa"], overrides={"gqa": {"query": {section: {key: None}}}})
     with pytest.raises(UserError, match=r"files\.gqa\.query\.parquet\.splits=None: give one or more names, such as \[testdev\]"):
-        read_official(shared, ["gqa"], overrides={"gqa": {"query": {"parquet": {"splits": None}}}})
+        read_official(official_files, ["gqa"], overrides={"gqa": {"query": {"parquet": {"splits": None}}}})
